@@ -1,0 +1,1 @@
+"""The chain as a Prefect workflow: the only place that knows Prefect."""

@@ -1,0 +1,1 @@
+"""exportyard's pipeline: from a PyTorch checkpoint to a checked, published release."""

@@ -1,0 +1,203 @@
+"""Recipes: one folder a model, its ``recipe.toml``, and the user's own code beside it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline import digest, host, targets
+from pipeline.errors import ExportyardError, RecipeError, unknown
+from pipeline.types import Recipe
+
+_import_lock = threading.RLock()
+
+
+def read(folder: Path, name: str, known: Iterable[str]) -> Recipe:
+    """The recipe ``<folder>/<name>/recipe.toml``.
+
+    Raises:
+        UsageError: there is no such recipe; the nearest name is suggested.
+        RecipeError: an unknown key, a wrong value, or a name that isn't the folder's.
+    """
+    if name not in set(known):
+        raise unknown("recipe", name, known, where=str(folder))
+    path = folder / name / "recipe.toml"
+    table = targets.read_toml(path)
+    try:
+        recipe = Recipe.model_validate({**table, "folder": path.parent, "root": folder.parent})
+    except ValidationError as error:
+        raise RecipeError(f"`{path}`: {targets.explain(error)}", hint=targets.hint_for(error, Recipe)) from None
+    if recipe.name != name:
+        raise RecipeError(f"`{path}` says name = `{recipe.name}`", hint=f"it must be the folder's name, `{name}`")
+    return recipe
+
+
+def is_code(source: str) -> bool:
+    """Whether a setting names a callable (``module:name``) and not a file."""
+    return ":" in source and "/" not in source
+
+
+def module_file(recipe: Recipe, source: str) -> Path | None:
+    """The workspace file that holds ``module:name``; None for an installed module."""
+    return _find(source.partition(":")[0], (recipe.folder, recipe.root))
+
+
+def _find(module: str, roots: Iterable[Path]) -> Path | None:
+    relative = Path(*module.split("."))
+    for root in roots:
+        for candidate in (root / relative.with_suffix(".py"), root / relative / "__init__.py"):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def code_files(recipe: Recipe, *sources: str | None) -> list[Path]:
+    """The workspace files behind ``module:name`` settings: each module and all it imports inside the workspace.
+
+    Imports are read from the source text; one made at run time by a computed name isn't seen.
+    """
+    found: dict[Path, None] = {}
+    for source in sources:
+        if source is None or not is_code(source):
+            continue
+        start = module_file(recipe, source)
+        if start is not None:
+            _follow(start, recipe, found, set())
+    return sorted(found)
+
+
+def code_digest(recipe: Recipe, *sources: str | None) -> str:
+    """Digest of the text and relative names of `code_files`."""
+    files = code_files(recipe, *sources)
+    return digest.of_json([(path.relative_to(recipe.root).as_posix(), digest.of_file(path)) for path in files])
+
+
+def code_tools(recipe: Recipe, *sources: str | None) -> dict[str, str]:
+    """Versions of the installed packages that the code behind `sources` imports."""
+    outside: set[str] = set()
+    found: dict[Path, None] = {}
+    for source in sources:
+        if source is None or not is_code(source):
+            continue
+        start = module_file(recipe, source)
+        if start is None:
+            outside.add(source.partition(":")[0].split(".")[0])
+        else:
+            _follow(start, recipe, found, outside)
+    names = {name for module in outside if (name := host.distribution_of(module)) is not None}
+    return host.versions(sorted(names))
+
+
+def _follow(path: Path, recipe: Recipe, found: dict[Path, None], outside: set[str]) -> None:
+    if path in found:
+        return
+    found[path] = None
+    for module in _imports(path, recipe.root):
+        inside = _find(module, (recipe.folder, recipe.root))
+        if inside is not None:
+            _follow(inside, recipe, found, outside)
+            continue
+        top = module.split(".")[0]
+        if top not in sys.stdlib_module_names:
+            outside.add(top)
+
+
+def _imports(path: Path, root: Path) -> Iterator[str]:
+    """Dotted names of the modules that the file imports, anywhere in it."""
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError):
+        return  # loading it will say what is wrong
+    package = ".".join(path.relative_to(root).parts[:-1])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = _absolute(node, package)
+            if base:
+                yield base
+            yield from (f"{base}.{alias.name}" if base else alias.name for alias in node.names)
+
+
+def _absolute(node: ast.ImportFrom, package: str) -> str:
+    if not node.level:
+        return node.module or ""
+    parts = package.split(".")[: len(package.split(".")) - node.level + 1]
+    return ".".join([*parts, node.module] if node.module else parts)
+
+
+def resolve(recipe: Recipe, source: str, setting: str) -> Callable[..., Any]:
+    """The callable that ``module:name`` names; the recipe's folder is searched first, then the workspace.
+
+    Raises:
+        RecipeError: the module can't be imported, or has no such callable.
+    """
+    module_name, _, attribute = source.partition(":")
+    with _import_lock:
+        _use_code_of(recipe)
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:
+            raise fault(recipe, f"can't import `{module_name}` (setting `{setting}`)", error) from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        functions = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        close = unknown("name", attribute, functions)
+        raise RecipeError(f'`{setting} = "{source}"`: `{module_name}` has no `{attribute}`', hint=close.hint)
+    if not callable(found):
+        raise RecipeError(f'`{setting} = "{source}"` is a {type(found).__name__}', hint="name a function or a class")
+    return found  # type: ignore[no-any-return]  # callable() narrows to a type that mypy can't return
+
+
+def call(recipe: Recipe, source: str, setting: str, *arguments: Any) -> Any:
+    """Call the user's ``module:name`` with `arguments`.
+
+    Raises:
+        RecipeError: it raised; the message has the user's file, line and the exception.
+    """
+    function = resolve(recipe, source, setting)
+    try:
+        return function(*arguments)
+    except ExportyardError:
+        raise
+    except Exception as error:
+        raise fault(recipe, f'`{setting} = "{source}"` raised', error) from error
+
+
+def fault(recipe: Recipe, what: str, error: BaseException) -> RecipeError:
+    """A `RecipeError` that shows where in the user's code `error` came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f"{error.filename}:{error.lineno}"
+    else:
+        mine = [frame for frame in frames if Path(frame.filename).is_relative_to(recipe.root)]
+        frame = mine[-1] if mine else (frames[-1] if frames else None)
+        where = f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown place"
+    first = (str(error).strip().splitlines() or [""])[0]
+    return RecipeError(
+        f"recipe `{recipe.name}`: {what}: {type(error).__name__}: {first}\n  at {where}",
+        hint="correct the code there; it runs outside exportyard too, so a debugger can be used on it",
+    )
+
+
+def _use_code_of(recipe: Recipe) -> None:
+    """Make the recipe's modules importable by their plain names, and forget other recipes' modules of those names."""
+    wanted = [str(recipe.folder), str(recipe.root)]
+    sys.path[:] = wanted + [entry for entry in sys.path if entry not in wanted and not _is_recipe(entry)]
+    importlib.invalidate_caches()
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file is not None and _is_recipe(str(Path(file).parent)) and not Path(file).is_relative_to(recipe.folder):
+            del sys.modules[name]
+
+
+def _is_recipe(folder: str) -> bool:
+    return (Path(folder) / "recipe.toml").is_file()

@@ -1,0 +1,1 @@
+"""Stages: functions from described inputs and an empty folder to a described artifact."""

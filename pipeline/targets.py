@@ -1,0 +1,103 @@
+"""Target rows: ``targets/targets.toml`` read into frozen models."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pipeline.errors import UsageError, WorkspaceError, nearest, unknown
+from pipeline.types import Target
+
+
+def read(path: Path) -> dict[str, Target]:
+    """All rows of `path` by name, in the file's order.
+
+    Raises:
+        WorkspaceError: the file is missing, isn't TOML, or a row has an unknown key or a wrong value.
+    """
+    tables = read_toml(path).get("targets", {})
+    if not isinstance(tables, dict) or not tables:
+        raise WorkspaceError(f"`{path}` has no target", hint="a row begins with `[targets.linux-x86_64-onnxruntime]`")
+    return {name: _row(path, name, table) for name, table in tables.items()}
+
+
+def _row(path: Path, name: str, table: object) -> Target:
+    if not isinstance(table, dict):
+        raise WorkspaceError(f"`targets.{name}` in `{path}` must be a table", hint=f"write `[targets.{name}]`")
+    try:
+        return Target(name=name, **table)
+    except ValidationError as error:
+        raise WorkspaceError(f"`{path}`, target `{name}`: {explain(error)}", hint=hint_for(error, Target)) from None
+
+
+def select(rows: Mapping[str, Target], names: Iterable[str]) -> list[Target]:
+    """The rows called `names`, each once, in the order asked for.
+
+    Raises:
+        UsageError: there is no such row; the nearest name is suggested.
+    """
+    chosen: dict[str, Target] = {}
+    for name in names:
+        if name not in rows:
+            raise unknown("target", name, rows, where="targets/targets.toml")
+        chosen[name] = rows[name]
+    return list(chosen.values())
+
+
+def check_options(target: Target, known: Iterable[str]) -> None:
+    """Refuse an option that the target's backend does not have.
+
+    Raises:
+        UsageError: names the nearest option.
+    """
+    for option in target.options:
+        if option not in set(known):
+            raise UsageError(
+                f"unknown option `{option}` in target `{target.name}` (backend `{target.backend}`)",
+                hint=unknown("option", option, known).hint,
+            )
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """The content of a TOML file.
+
+    Raises:
+        WorkspaceError: it can't be read or isn't TOML; the line is named.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise WorkspaceError(f"`{path}` is missing", hint="`exportyard init DIR` writes a workspace with one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise WorkspaceError(f"can't read `{path}`: {error}", hint="see whether it is a readable text file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise WorkspaceError(f"`{path}` is not valid TOML: {error}", hint="correct the line that it names") from None
+
+
+def explain(error: ValidationError) -> str:
+    """The first fault that pydantic found, on one line, with the key and the value."""
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key `{key}`"
+    if fault["type"] == "missing":
+        return f"`{key}` is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    return f"`{key}` = {fault['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def hint_for(error: ValidationError, model: type[Target] | type) -> str | None:
+    """For an unknown key, the known key that is nearest."""
+    fault = error.errors()[0]
+    fields = getattr(model, "model_fields", {})
+    if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
+        close = nearest(str(fault["loc"][-1]), fields)
+        return f"did you mean `{close}`?" if close else "known keys: " + ", ".join(sorted(fields))
+    if fault["type"] == "missing":
+        return f"add `{fault['loc'][-1]}`; docs/recipes.md and docs/targets.md list the keys"
+    return "docs/recipes.md and docs/targets.md say what each key may be"

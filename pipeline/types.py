@@ -1,0 +1,440 @@
+"""The nouns of exportyard, as frozen models: all that is read from or written to a file.
+
+Shapes are written with axis names where a dimension is dynamic: ``["batch", 3, 224, 224]``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipeline.store import Stored
+
+    Tensors = Mapping[str, NDArray[np.generic]]
+
+Scheme = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8-u8s8", "int8-s8s8", "int8-u8u8"]
+"""A numeric form of the ONNX graph; for static INT8 activations come first, weights second."""
+
+DType = Literal["float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+Kind = Literal["checkpoint", "data", "program", "onnx", "engine", "parity", "latency", "release"]
+OutputKind = Literal["logits", "probabilities", "embedding", "scores", "indices", "boxes", "other"]
+RangeMethod = Literal["minmax", "entropy", "percentile", "mse"]
+Sizes = Mapping[str, int]
+"""One size for each axis: ``{"batch": 8, "seq": 128}``."""
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+Dim = int | str
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Frozen(BaseModel):
+    """Base of everything that lives in a file: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", protected_namespaces=())
+
+    def plain(self) -> dict[str, JsonValue]:
+        """This as plain JSON data; an infinity is the string ``"Infinity"``, since JSON has no number for it."""
+        found: dict[str, JsonValue] = json.loads(self.model_dump_json())
+        return found
+
+
+class Axis(Frozen):
+    """A dynamic dimension: sizes that engines must serve, and the one they are tuned for."""
+
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Axis:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"expected min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
+        return self
+
+
+class InputSpec(Frozen):
+    """One input tensor.
+
+    Attributes:
+        shape: a size or an axis name for each dimension; ``[]`` is a scalar.
+        range: lowest and highest value that the model meets in use, both included.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    dtype: DType
+    shape: tuple[Dim, ...]
+    range: tuple[float, float] | None = None
+
+
+class OutputSpec(Frozen):
+    """One output: its published name, and what its numbers are (this decides which distances mean something)."""
+
+    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    kind: OutputKind = "other"
+
+
+class TensorSpec(Frozen):
+    """A tensor as the captured program has it; a dynamic dimension is an axis name or an expression of them."""
+
+    name: str
+    dtype: DType
+    shape: tuple[Dim, ...]
+    kind: OutputKind = "other"
+
+
+class Signature(Frozen):
+    """The calling convention that every artifact of a model shares: order, names, dtypes, shapes, axes."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    axes: Mapping[str, Axis]
+
+
+class Tolerance(Frozen):
+    """Bounds on the distance between two tensors; a bound that is absent isn't checked, but one must be there.
+
+    Attributes:
+        max_abs: largest absolute difference.
+        max_over_peak: largest absolute difference over the reference's largest magnitude.
+        rmse: root of the mean squared difference.
+        sqnr_db: least signal to quantization-noise ratio, in dB.
+        cosine: least cosine of the flattened tensors.
+        argmax_agreement: least share of rows whose largest element is the same one.
+    """
+
+    max_abs: float | None = Field(default=None, ge=0)
+    max_over_peak: float | None = Field(default=None, ge=0)
+    rmse: float | None = Field(default=None, ge=0)
+    sqnr_db: float | None = None
+    cosine: float | None = Field(default=None, ge=-1, le=1)
+    argmax_agreement: float | None = Field(default=None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Tolerance:
+        if not self.model_fields_set:
+            raise ValueError("a tolerance needs at least one bound, such as `cosine = 0.999`")
+        return self
+
+
+class Calibration(Frozen):
+    """Where activation ranges come from.
+
+    Attributes:
+        data: a ``.npz`` or ``.safetensors`` file beside the recipe, or ``module:callable`` that yields feeds.
+        samples: how many feeds to use at most.
+        method: how a range is read from the observed values.
+    """
+
+    data: str
+    samples: int = Field(default=256, ge=1)
+    method: RangeMethod = "minmax"
+
+
+class Evaluation(Frozen):
+    """How good the model is, by the recipe's own measure.
+
+    Attributes:
+        data: as for calibration; arrays that aren't inputs are labels and go to the metric.
+        metric: ``module:callable``, or ``accuracy``, ``agreement`` or ``cosine`` (the last two against eager fp32).
+    """
+
+    data: str
+    metric: str
+    samples: int = Field(default=1024, ge=1)
+    higher_is_better: bool = True
+
+
+class Budget(Frozen):
+    """How much worse than eager fp32 a released engine may be.
+
+    Attributes:
+        drop: how far the evaluation metric may fall (absolute, in the metric's unit).
+        vs_eager: bounds on every output against eager fp32, on the evaluation data.
+    """
+
+    drop: float = Field(ge=0)
+    vs_eager: Tolerance | None = None
+
+
+class Recipe(Frozen):
+    """One model: ``recipes/<name>/recipe.toml``. Callables are ``module:name``, looked up beside the file first.
+
+    Attributes:
+        checkpoint: file with the trained weights, beside the recipe: ``.pt``, ``.pth``, ``.safetensors``, ``.pt2``.
+        train: ``module:callable(path)`` that writes the checkpoint when there is no file; its suffix is `train_suffix`.
+        factory: ``module:callable() -> torch.nn.Module``; not needed for a ``.pt2`` checkpoint.
+        feeds: ``module:callable(sizes, seed) -> {input: array}``, for inputs that a value range can't describe.
+        translations: ``module:callable() -> {operator: onnxscript function}`` for custom operators.
+    """
+
+    name: Name
+    summary: str = ""
+    checkpoint: str | None = None
+    train: str | None = None
+    train_suffix: Literal[".pt", ".safetensors"] = ".safetensors"
+    factory: str | None = None
+    axes: Mapping[str, Axis] = {}
+    inputs: Annotated[tuple[InputSpec, ...], BeforeValidator(_tuple)] = Field(min_length=1)
+    outputs: Annotated[tuple[OutputSpec, ...], BeforeValidator(_tuple)] = Field(min_length=1)
+    feeds: str | None = None
+    translations: str | None = None
+    opset: int = Field(default=20, ge=18, le=23)
+    calibration: Calibration | None = None
+    evaluation: Evaluation
+    budget: Budget
+    targets: tuple[str, ...] | None = None
+    folder: Path = Field(exclude=True, repr=False)
+    root: Path = Field(exclude=True, repr=False)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.checkpoint is None and self.train is None:
+            raise ValueError("needs `checkpoint` (a file) or `train` (a callable that writes one)")
+        for what, names in (
+            ("input", [spec.name for spec in self.inputs]),
+            ("output", [spec.name for spec in self.outputs]),
+        ):
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise ValueError(f"{what} name `{min(twice)}` appears twice")
+        shared = {spec.name for spec in self.inputs} & {spec.name for spec in self.outputs}
+        if shared:
+            raise ValueError(f"`{min(shared)}` names both an input and an output")
+        used = {dim for spec in self.inputs for dim in spec.shape if isinstance(dim, str)}
+        if used - set(self.axes):
+            raise ValueError(f"axis `{min(used - set(self.axes))}` is used by an input but not described in [axes]")
+        if set(self.axes) - used:
+            raise ValueError(f"axis `{min(set(self.axes) - used)}` is described in [axes] but no input has it")
+        return self
+
+
+class Target(Frozen):
+    """One row of ``targets/targets.toml``: hardware, backend and precision policy.
+
+    Attributes:
+        name: spells platform-arch-backend.
+        arch: the backend's word for the hardware; only the backend reads it.
+        requires: CPU features that the device must have (Linux's names, as in /proc/cpuinfo).
+        schemes: candidate numeric forms, best expected first; measurement decides.
+        vs_onnx: for each scheme, how far an engine may be from the ONNX graph that it was built from.
+        pool: Prefect work pool whose workers can build and run it.
+    """
+
+    name: Name
+    backend: str
+    platform: Literal["linux", "android", "ios", "macos", "windows", "web", "any"]
+    machine: Literal["x86_64", "aarch64", "armv7l", "riscv64", "wasm32", "any"]
+    arch: str
+    summary: str = ""
+    requires: tuple[str, ...] = ()
+    schemes: Annotated[tuple[Scheme, ...], BeforeValidator(_tuple)] = Field(min_length=1)
+    vs_onnx: Mapping[Scheme, Tolerance]
+    pool: str = "cpu"
+    options: Mapping[str, str | int | bool] = {}
+
+    @model_validator(mode="after")
+    def _covered(self) -> Target:
+        for scheme in self.schemes:
+            if scheme not in self.vs_onnx:
+                raise ValueError(f"scheme `{scheme}` has no tolerance in `vs_onnx`")
+        return self
+
+
+class FileFact(Frozen):
+    """Identity of one file of an artifact."""
+
+    sha256: str
+    size_bytes: int
+
+
+class Artifact(Frozen):
+    """``artifact.json``: all that decided the bytes of a folder, and what the bytes are. No clock, no host name.
+
+    Attributes:
+        inputs: content digests of what it was made from, by role.
+        config: settings that decided the bytes.
+        tools: versions of the libraries that decided the bytes.
+        files: each file below the folder, by relative POSIX path.
+        facts: what the stage found out while it worked (ranges read back, operators left in float ...).
+    """
+
+    kind: Kind
+    key: str
+    inputs: Mapping[str, str]
+    config: Mapping[str, JsonValue]
+    tools: Mapping[str, str]
+    files: Mapping[str, FileFact]
+    facts: Mapping[str, JsonValue] = {}
+
+
+class Distance(Frozen):
+    """How far one output is from its reference; the fields are `Tolerance`'s."""
+
+    output: str
+    max_abs: float
+    max_over_peak: float
+    rmse: float
+    sqnr_db: float
+    cosine: float
+    argmax_agreement: float | None = None
+
+
+class SizeParity(Frozen):
+    """Distances at one combination of axis sizes."""
+
+    sizes: Mapping[str, int]
+    vs_onnx: tuple[Distance, ...]
+    vs_eager: tuple[Distance, ...]
+
+
+class MetricResult(Frozen):
+    """The recipe's own metric on its evaluation data, for eager fp32 and for the engine."""
+
+    name: str
+    eager: float
+    engine: float
+    drop: float
+    budget: float
+    samples: int
+    vs_eager: tuple[Distance, ...] = ()
+
+
+class ParityReport(Frozen):
+    """``parity.json``: whether an engine is still the model, and how that is known."""
+
+    recipe: str
+    target: str
+    scheme: Scheme
+    sizes: tuple[SizeParity, ...]
+    metric: MetricResult
+    passed: bool
+    reasons: tuple[str, ...] = ()
+
+
+class Timing(Frozen):
+    """Wall time of one call, in milliseconds, over `repeats` interleaved calls."""
+
+    median_ms: float
+    p25_ms: float
+    p75_ms: float
+    repeats: int
+
+
+class LatencyRow(Frozen):
+    """All runners at one combination of axis sizes, measured turn by turn in one run."""
+
+    sizes: Mapping[str, int]
+    eager: Timing
+    engines: Mapping[Scheme, Timing]
+
+
+class LatencyReport(Frozen):
+    """``latency.json``: how fast each candidate is; and on what it was measured."""
+
+    recipe: str
+    target: str
+    cpu: str
+    threads: int
+    rows: tuple[LatencyRow, ...]
+
+
+Runner = Callable[["Tensors"], "dict[str, NDArray[np.generic]]"]
+"""A loaded engine: feeds by input name in, outputs by name out; the arrays returned belong to the caller."""
+
+
+class Backend(Protocol):
+    """How one kind of engine is built and run. A plug-in registers an instance under ``exportyard.backends``.
+
+    Importing its module must be cheap: heavy libraries are imported inside `build` and `load`.
+
+    Attributes:
+        name: what `Target.backend` says.
+        option_names: keys of `Target.options` that it understands.
+        schemes: numeric forms that it can carry.
+    """
+
+    name: str
+    option_names: frozenset[str]
+    schemes: frozenset[Scheme]
+
+    def source(self, target: Target) -> Literal["onnx", "program"]:
+        """Which artifact `build` wants."""
+        ...
+
+    def missing(self, target: Target) -> str | None:
+        """Why this host can't build `target`, or None if it can. Cheap, and never raises."""
+        ...
+
+    def not_runnable(self, target: Target) -> str | None:
+        """Why this host can't run an engine of `target`, or None if it can. Cheap, and never raises."""
+        ...
+
+    def tools(self, target: Target) -> Mapping[str, str]:
+        """Versions, and host facts, that decide the bytes of an engine. Imports nothing heavy."""
+        ...
+
+    def build(self, model: Stored, target: Target, out: Path) -> Mapping[str, JsonValue]:
+        """Write the engine of `model` into the empty folder `out`; return facts about it.
+
+        Raises:
+            BuildError: the model can't be built for the target; names the operator where it can.
+            UnavailableError: this host lacks something, as `missing` says.
+        """
+        ...
+
+    def load(self, engine: Stored, target: Target) -> AbstractContextManager[Runner]:
+        """The engine, ready to run; freed when the context ends.
+
+        Raises:
+            BuildError: the engine's files are broken or made by another version.
+            UnavailableError: this host can't run it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a release ships for one target: the engine that won, and the evidence."""
+
+    target: Target
+    scheme: Scheme
+    engine: Stored
+    parity: ParityReport
+    latency: LatencyReport
+    reason: str
+
+
+class Reporter(Protocol):
+    """Where long work says how far it is. The command line draws a bar, a Prefect task updates an artifact."""
+
+    def __call__(self, done: int, total: int, what: str, /) -> None:
+        """`done` of `total` steps of `what` are finished; `total` is 0 where it isn't known."""
+        ...
+
+
+def no_report(done: int, total: int, what: str, /) -> None:
+    """A reporter that says nothing."""
+
+
+AXIS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def axis_names(shape: tuple[Dim, ...]) -> Iterator[str]:
+    """Axis names in `shape`, expressions included, in order of appearance."""
+    for dim in shape:
+        if isinstance(dim, str):
+            yield from AXIS.findall(dim)
