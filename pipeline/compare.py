@@ -38,7 +38,7 @@ def distance(name: str, reference: Array, other: Array, kind: OutputKind = "othe
     if reference.shape != other.shape:
         raise ParityError(f"output `{name}` has shape {list(other.shape)}, the model's is {list(reference.shape)}")
     if reference.size == 0:
-        return Distance(output=name, max_abs=0, max_over_peak=0, rmse=0, sqnr_db=math.inf, cosine=1)
+        return Distance(output=name, kind=kind, max_abs=0, max_over_peak=0, rmse=0, sqnr_db=math.inf, cosine=1)
     ref = reference.astype(np.float64)
     oth = other.astype(np.float64)
     equal = ref == oth
@@ -51,6 +51,7 @@ def distance(name: str, reference: Array, other: Array, kind: OutputKind = "othe
     rmse = float(np.sqrt(np.mean(np.square(gap)))) if math.isfinite(max_abs) else math.inf
     return Distance(
         output=name,
+        kind=kind,
         max_abs=max_abs,
         max_over_peak=_ratio(max_abs, peak),
         rmse=rmse,
@@ -93,6 +94,10 @@ def _agreement(reference: Array, other: Array, kind: OutputKind) -> float | None
 
 def violations(found: Distance, tolerance: Tolerance) -> list[str]:
     """The bounds of `tolerance` that `found` breaks, in words; empty when it holds."""
+    if found.kind == "indices":
+        least = 1.0 if tolerance.argmax_agreement is None else tolerance.argmax_agreement
+        share = found.argmax_agreement if found.argmax_agreement is not None else 1.0
+        return [] if share >= least else [f"`{found.output}` equal indices {share:.4f} < {least:.4f}"]
     broken = []
     for name in ("max_abs", "max_over_peak", "rmse"):
         bound, value = getattr(tolerance, name), getattr(found, name)
@@ -116,7 +121,7 @@ def pooled(name: str, reference: Sequence[Array], other: Sequence[Array], kind: 
     Cosine is the mean over calls (and over rows for embeddings), the rest is over all elements together.
     """
     each = [distance(name, one, two, kind) for one, two in zip(reference, other, strict=True)]
-    flat = distance(name, _flat(reference), _flat(other))
+    flat = distance(name, _flat(reference), _flat(other), kind)
     agreements = [one.argmax_agreement for one in each if one.argmax_agreement is not None]
     return flat.model_copy(
         update={

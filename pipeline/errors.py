@@ -79,6 +79,10 @@ class ConversionError(ExportyardError):
     exit_code = 8
 
 
+class NotApplicable(ConversionError):  # noqa: N818  a fact about the model, not a fault
+    """This numeric form has no meaning for this model: it has no operator that could be quantised, say."""
+
+
 class BuildError(ExportyardError):
     """A backend could not make or load an engine."""
 

@@ -27,7 +27,7 @@ Scheme = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8-u8s8", "int8-s8s8
 """A numeric form of the ONNX graph; for static INT8 activations come first, weights second."""
 
 DType = Literal["float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
-Kind = Literal["checkpoint", "data", "program", "onnx", "engine", "parity", "latency", "release"]
+Kind = Literal["checkpoint", "data", "program", "onnx", "statistics", "engine", "parity", "latency", "release"]
 OutputKind = Literal["logits", "probabilities", "embedding", "scores", "indices", "boxes", "other"]
 RangeMethod = Literal["minmax", "entropy", "percentile", "mse"]
 Sizes = Mapping[str, int]
@@ -282,9 +282,13 @@ class Artifact(Frozen):
 
 
 class Distance(Frozen):
-    """How far one output is from its reference; the fields are `Tolerance`'s."""
+    """How far one output is from its reference; the numbers are those that `Tolerance` bounds.
+
+    For ``indices`` only `argmax_agreement` (the share of equal elements) says anything.
+    """
 
     output: str
+    kind: OutputKind = "other"
     max_abs: float
     max_over_peak: float
     rmse: float
@@ -294,11 +298,12 @@ class Distance(Frozen):
 
 
 class SizeParity(Frozen):
-    """Distances at one combination of axis sizes."""
+    """Distances at one combination of axis sizes; none where the engine failed, which `error` then says."""
 
     sizes: Mapping[str, int]
-    vs_onnx: tuple[Distance, ...]
-    vs_eager: tuple[Distance, ...]
+    vs_onnx: tuple[Distance, ...] = ()
+    vs_eager: tuple[Distance, ...] = ()
+    error: str | None = None
 
 
 class MetricResult(Frozen):
@@ -335,11 +340,18 @@ class Timing(Frozen):
 
 
 class LatencyRow(Frozen):
-    """All runners at one combination of axis sizes, measured turn by turn in one run."""
+    """All runners at one combination of axis sizes, measured turn by turn in one run.
+
+    Attributes:
+        versus_fp32: for each scheme, the median over rounds of fp32's time over its own in the same round.
+        versus_eager: likewise against eager PyTorch.
+    """
 
     sizes: Mapping[str, int]
     eager: Timing
     engines: Mapping[Scheme, Timing]
+    versus_eager: Mapping[Scheme, float]
+    versus_fp32: Mapping[Scheme, float] = {}
 
 
 class LatencyReport(Frozen):

@@ -1,0 +1,370 @@
+"""A job: one recipe, some targets, and the chain that makes each artifact from those before it.
+
+Each method makes one artifact and whatever it needs first, or finds it unchanged in the store. The command line and
+the Prefect flow call the same methods. Stages are imported when there is work for them, so a job with nothing to do
+never loads torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import JsonValue
+
+from pipeline import backends, digest, host, recipes, store
+from pipeline.errors import CheckpointError, DataError, NotApplicable, UnavailableError, nearest
+from pipeline.store import Key, Made, write_json
+from pipeline.types import LatencyReport, ParityReport, Recipe, Reporter, Scheme, Target, no_report
+from pipeline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from pipeline.reference import Answers
+
+Work = Callable[[Path], Mapping[str, JsonValue]]
+NOT_APPLICABLE = "not-applicable.json"
+STATIC_SCHEMES: frozenset[Scheme] = frozenset({"int8-u8s8", "int8-s8s8", "int8-u8u8"})
+
+
+class Maker:
+    """Makes artifacts for real; `Inspector` stands in for it where nothing may be made."""
+
+    def make(self, folder: Path, key: Key, work: Work) -> Made:
+        """See `store.make`."""
+        return store.make(folder, key, work)
+
+
+@dataclass
+class Job:
+    """See the module; `made` remembers what this job has made or verified, so that it is done once."""
+
+    workspace: Workspace
+    recipe: Recipe
+    targets: list[Target]
+    given_checkpoint: Path | None = None
+    report: Reporter = no_report
+    maker: Maker = field(default_factory=Maker)
+    made: dict[str, Made] = field(default_factory=dict)
+    _answers: Answers | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where this recipe's artifacts are."""
+        return self.workspace.artifacts / self.recipe.name
+
+    def _make(self, step: str, key: Callable[[], Key], work: Work) -> Made:
+        if step not in self.made:
+            self.made[step] = self.maker.make(self.folder / step, key(), work)
+        return self.made[step]
+
+    # --- from the recipe to the fp32 graph -------------------------------------------------------------------------
+
+    def checkpoint(self) -> Made:
+        """The trained weights: a copy of the file given, of the recipe's file, or what its `train` writes."""
+        source = self._checkpoint_file()
+        if source is not None:
+            return self._make("checkpoint", lambda: self._file_key(source), lambda out: _copy(source, out))
+        train = self.recipe.train
+        if train is None:  # the recipe's own check makes sure of this
+            raise CheckpointError(f"recipe `{self.recipe.name}` has no checkpoint", hint="give `--checkpoint P`")
+        name = f"model{self.recipe.train_suffix}"
+
+        def key() -> Key:
+            code = {"code": recipes.code_digest(self.recipe, train)}
+            return Key("checkpoint", code, {"train": train, "file": name}, recipes.code_tools(self.recipe, train))
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            recipes.call(self.recipe, train, "train", out / name)
+            if not (out / name).is_file():
+                raise CheckpointError(f'`train = "{train}"` wrote no file at the path that it was given')
+            return {"source": train}
+
+        return self._make("checkpoint", key, work)
+
+    def _checkpoint_file(self) -> Path | None:
+        """The checkpoint's file; None when the recipe trains its own."""
+        named = self.given_checkpoint
+        if named is None and self.recipe.checkpoint is not None:
+            named = self.recipe.folder / self.recipe.checkpoint
+            if not named.exists() and self.recipe.train is not None:
+                return None
+        if named is not None:
+            check_checkpoint_file(named)
+        return named
+
+    def _file_key(self, source: Path) -> Key:
+        try:
+            content = digest.of_file(source)
+        except OSError as error:
+            raise CheckpointError(f"can't read the checkpoint `{source}`: {error.strerror}") from None
+        return Key("checkpoint", {"file": content}, {"file": f"model{source.suffix}"})
+
+    def data(self) -> Made:
+        """Calibration and evaluation samples, checked and written down."""
+
+        def key() -> Key:
+            inputs, tools = {}, host.versions(["numpy"])
+            for which, setting in (("calibration", self.recipe.calibration), ("evaluation", self.recipe.evaluation)):
+                if setting is None:
+                    continue
+                inputs[which] = self._data_digest(setting.data)
+                tools |= recipes.code_tools(self.recipe, setting.data)
+            config = self.recipe.model_dump(mode="json", include={"inputs", "axes"})
+            config["calibration"] = self.recipe.calibration and self.recipe.calibration.samples
+            config["evaluation"] = self.recipe.evaluation.samples
+            return Key("data", inputs, config, tools)
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline import samples
+
+            return {which: samples.write(self.recipe, which, out) for which in ("calibration", "evaluation")}
+
+        return self._make("data", key, work)
+
+    def _data_digest(self, source: str) -> str:
+        if recipes.is_code(source):
+            return recipes.code_digest(self.recipe, source)
+        try:
+            return digest.of_file(self.recipe.folder / source)
+        except OSError:
+            return "missing"  # `samples.write` says so, with the nearest name
+
+    def program(self) -> Made:
+        """The captured program."""
+
+        def key() -> Key:
+            sources = (self.recipe.factory, self.recipe.feeds)
+            inputs = {"checkpoint": self.checkpoint().stored.digest, "code": recipes.code_digest(self.recipe, *sources)}
+            config = self.recipe.model_dump(mode="json", include={"inputs", "outputs", "axes", "factory", "feeds"})
+            return Key("program", inputs, config, _tools("torch") | recipes.code_tools(self.recipe, *sources))
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline.stages.capture import capture
+
+            return capture(self.recipe, self.checkpoint().stored, out)
+
+        return self._make("program", key, work)
+
+    def onnx(self, scheme: Scheme) -> Made:
+        """The ONNX graph in one numeric form; see `left_out` for a form that doesn't apply to this model."""
+        return self._fp32() if scheme == "fp32" else self._quantized(scheme)
+
+    def _fp32(self) -> Made:
+        def key() -> Key:
+            code = self.recipe.translations
+            inputs = {"program": self.program().stored.digest, "code": recipes.code_digest(self.recipe, code)}
+            config = self.recipe.model_dump(mode="json", include={"opset", "translations"})
+            return Key("onnx", inputs, config, _tools("torch", "onnx", "onnx-ir", "onnxscript"))
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline.stages.to_onnx import to_onnx
+
+            return to_onnx(self.recipe, self.program().stored, out)
+
+        return self._make("onnx/fp32", key, work)
+
+    # --- numeric forms ---------------------------------------------------------------------------------------------
+
+    def statistics(self) -> Made:
+        """What calibration found out about every activation; shared by all static schemes."""
+
+        def key() -> Key:
+            data = {
+                name: fact.sha256
+                for name, fact in self.data().stored.artifact.files.items()
+                if name.startswith("calibration-")
+            }
+            inputs = {"onnx": self._fp32().stored.digest, "calibration": digest.of_json(data)}
+            return Key("statistics", inputs, {}, _tools("onnx", "onnxruntime", "numpy"))
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline.stages.quantize import statistics
+
+            return statistics(self.recipe, self._fp32().stored, self.data().stored, out, self.report)
+
+        if self.recipe.calibration is None:
+            raise DataError(
+                f"recipe `{self.recipe.name}` has no [calibration], which static INT8 needs",
+                hint='add `[calibration]` with `data = "calibration.npz"` to recipe.toml',
+            )
+        return self._make("statistics", key, work)
+
+    def _quantized(self, scheme: Scheme) -> Made:
+        static = scheme in STATIC_SCHEMES
+
+        def key() -> Key:
+            inputs = {"onnx": self._fp32().stored.digest}
+            config: dict[str, JsonValue] = {"scheme": scheme}
+            if static:
+                inputs["statistics"] = self.statistics().stored.digest
+                config["method"] = self.recipe.calibration.method if self.recipe.calibration else None
+            return Key("onnx", inputs, config, _tools("onnx", "onnxruntime", "onnxconverter-common"))
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline.stages.quantize import quantize
+
+            ranges = self.statistics().stored if static else None
+            try:
+                return quantize(self.recipe, self._fp32().stored, scheme, ranges, out, self.report)
+            except NotApplicable as error:  # a fact about the model: kept, so that it isn't found out again
+                shutil.rmtree(out)
+                out.mkdir()
+                write_json(out / NOT_APPLICABLE, {"scheme": scheme, "reason": error.message})
+                return {"reason": error.message}
+
+        return self._make(f"onnx/{scheme}", key, work)
+
+    def left_out(self, scheme: Scheme) -> str | None:
+        """Why this numeric form doesn't exist for this model, or None if it does."""
+        if scheme in STATIC_SCHEMES and self.recipe.calibration is None:
+            return "needs [calibration] data"
+        made = self.onnx(scheme)
+        if NOT_APPLICABLE in made.stored.artifact.files:
+            return f"does not apply: {made.stored.artifact.facts.get('reason')}"
+        return None
+
+    # --- one target ------------------------------------------------------------------------------------------------
+
+    def missing(self, target: Target) -> str | None:
+        """Why this host can't build `target`, or None if it can."""
+        return backends.find(target.backend).missing(target)
+
+    def not_runnable(self, target: Target) -> str | None:
+        """Why this host can't run engines of `target`, or None if it can."""
+        return backends.find(target.backend).not_runnable(target)
+
+    def engine(self, target: Target, scheme: Scheme) -> Made:
+        """The engine of one target in one numeric form.
+
+        Raises:
+            UnavailableError: this host can't build it.
+            BuildError: the backend can't make it.
+        """
+
+        def key() -> Key:
+            backend = backends.find(target.backend)
+            source = self.program() if backend.source(target) == "program" else self.onnx(scheme)
+            config = target.model_dump(mode="json", include={"backend", "platform", "machine", "arch", "options"})
+            return Key(
+                "engine", {"model": source.stored.digest}, config | {"scheme": scheme}, dict(backend.tools(target))
+            )
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline.stages.build import build
+
+            backend = backends.find(target.backend)
+            source = self.program() if backend.source(target) == "program" else self.onnx(scheme)
+            return build(source.stored, target, scheme, out)
+
+        reason = self.missing(target)
+        if reason is not None:
+            raise UnavailableError(
+                f"`{target.name}` can't be built on this host: {reason}",
+                hint="`exportyard doctor` says what to install",
+            )
+        return self._make(f"engine/{target.name}/{scheme}", key, work)
+
+    def parity(self, target: Target, scheme: Scheme) -> Made:
+        """How far the engine is from its ONNX graph and from eager fp32."""
+
+        def key() -> Key:
+            metric = (self.recipe.evaluation.metric, self.recipe.feeds)
+            inputs = {
+                "engine": self.engine(target, scheme).stored.digest,
+                "onnx": self.onnx(scheme).stored.digest,
+                "program": self.program().stored.digest,
+                "data": self.data().stored.digest,
+                "code": recipes.code_digest(self.recipe, *metric),
+            }
+            config = self.recipe.model_dump(mode="json", include={"axes", "inputs", "outputs", "budget", "evaluation"})
+            config["vs_onnx"] = target.vs_onnx[scheme].plain()
+            tools = _tools("torch", "onnxruntime", "numpy") | recipes.code_tools(self.recipe, *metric)
+            return Key("parity", inputs, config, tools | dict(backends.find(target.backend).tools(target)))
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline.stages.parity import parity
+
+            engine, model = self.engine(target, scheme).stored, self.onnx(scheme).stored
+            return parity(self.recipe, engine, model, self.answers(), target, scheme, out, self.report)
+
+        self._must_run(target)
+        return self._make(f"parity/{target.name}/{scheme}", key, work)
+
+    def parity_report(self, target: Target, scheme: Scheme) -> ParityReport:
+        """The content of `parity`."""
+        return ParityReport.model_validate_json(self.parity(target, scheme).stored.file("parity.json").read_text())
+
+    def latency(self, target: Target, schemes: tuple[Scheme, ...]) -> Made:
+        """How fast the engines of `schemes` are, measured together."""
+
+        def key() -> Key:
+            inputs = {scheme: self.engine(target, scheme).stored.digest for scheme in schemes}
+            inputs["program"] = self.program().stored.digest
+            config = self.recipe.model_dump(mode="json", include={"axes", "inputs"})
+            config |= {"cpu": host.cpu_name(), "threads": host.cpu_count()}
+            return Key("latency", inputs, config, dict(backends.find(target.backend).tools(target)) | _tools("torch"))
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline.stages.benchmark import benchmark
+
+            engines = {scheme: self.engine(target, scheme).stored for scheme in schemes}
+            return benchmark(self.recipe, target, engines, self.program().stored, out, self.report)
+
+        self._must_run(target)
+        return self._make(f"latency/{target.name}", key, work)
+
+    def latency_report(self, target: Target, schemes: tuple[Scheme, ...]) -> LatencyReport:
+        """The content of `latency`."""
+        return LatencyReport.model_validate_json(self.latency(target, schemes).stored.file("latency.json").read_text())
+
+    def _must_run(self, target: Target) -> None:
+        reason = self.not_runnable(target)
+        if reason is not None:
+            raise UnavailableError(f"`{target.name}` can't be run on this host: {reason}")
+
+    def answers(self) -> Answers:
+        """What eager fp32 and the graphs answer, kept while this job lives."""
+        if self._answers is None:
+            from pipeline.reference import Answers
+
+            self._answers = Answers(self.recipe, self.program().stored, self.data().stored)
+        return self._answers
+
+    def close(self) -> None:
+        """Free the models that `answers` has loaded."""
+        if self._answers is not None:
+            self._answers.close()
+            self._answers = None
+
+
+def check_checkpoint_file(path: Path) -> None:
+    """Refuse a path that can't be a checkpoint.
+
+    Raises:
+        CheckpointError: missing, a folder, or of an unknown kind.
+    """
+    if not path.exists():
+        close = nearest(path.name, [entry.name for entry in path.parent.glob("*")]) if path.parent.is_dir() else None
+        raise CheckpointError(
+            f"there is no checkpoint `{path}`",
+            hint=f"did you mean `{path.with_name(close)}`?" if close else "give an existing file with `--checkpoint P`",
+        )
+    if not path.is_file():
+        raise CheckpointError(f"the checkpoint `{path}` is not a file", hint="name the file with the weights")
+    if path.suffix not in (".pt", ".pth", ".safetensors", ".pt2"):
+        raise CheckpointError(
+            f"can't tell what kind of checkpoint `{path.name}` is",
+            hint="expected .pt or .pth (a state dict), .safetensors, or .pt2 (torch.export.save)",
+        )
+
+
+def _copy(source: Path, out: Path) -> Mapping[str, JsonValue]:
+    shutil.copyfile(source, out / f"model{source.suffix}")
+    return {"source": source.name}
+
+
+def _tools(*distributions: str) -> dict[str, str]:
+    return host.versions(["exportyard", *distributions])

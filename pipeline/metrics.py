@@ -1,0 +1,67 @@
+"""Evaluation metrics: how good a model is, as one number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import compare, recipes
+from pipeline.errors import RecipeError, unknown
+from pipeline.types import Recipe
+
+Outputs = Sequence[Mapping[str, NDArray[Any]]]
+BUILT_IN = ("accuracy", "agreement", "cosine")
+
+
+def evaluate(recipe: Recipe, outputs: Outputs, labels: Outputs, reference: Outputs) -> float:
+    """The recipe's metric over all evaluation samples.
+
+    Args:
+        recipe: says which metric.
+        outputs: what the engine returned, a dict for each sample.
+        labels: the arrays of each sample that aren't inputs.
+        reference: what eager fp32 returned, a dict for each sample.
+
+    Raises:
+        RecipeError: the metric raised, doesn't exist, has no labels to work with, or isn't a number.
+    """
+    metric = recipe.evaluation.metric
+    if recipes.is_code(metric):
+        value = recipes.call(recipe, metric, "evaluation.metric", list(outputs), list(labels))
+    elif metric == "accuracy":
+        value = _accuracy(recipe, outputs, labels)
+    elif metric == "agreement":
+        value = _agreement(recipe, outputs, reference)
+    elif metric == "cosine":
+        name = recipe.outputs[0].name
+        value = compare.row_cosine([one[name] for one in reference], [one[name] for one in outputs])
+    else:
+        error = unknown("metric", metric, BUILT_IN)
+        raise RecipeError(error.message, hint=f"{error.hint}; or give `module:callable`")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise RecipeError(f"metric `{metric}` returned {value!r}", hint="return one number") from None
+    if not np.isfinite(number):
+        raise RecipeError(f"metric `{metric}` is {number}", hint="see whether the evaluation data fit the model")
+    return number
+
+
+def _accuracy(recipe: Recipe, outputs: Outputs, labels: Outputs) -> float:
+    name = recipe.outputs[0].name
+    if not all("label" in label for label in labels):
+        raise RecipeError(
+            f"recipe `{recipe.name}`: metric `accuracy` needs an array `label` in the evaluation data",
+            hint="yield {'label': class indices, ...} beside the inputs",
+        )
+    right = [one[name].argmax(axis=-1) == label["label"] for one, label in zip(outputs, labels, strict=True)]
+    return float(np.mean(np.concatenate([np.atleast_1d(item).reshape(-1) for item in right])))
+
+
+def _agreement(recipe: Recipe, outputs: Outputs, reference: Outputs) -> float:
+    name = recipe.outputs[0].name
+    same = [one[name].argmax(axis=-1) == two[name].argmax(axis=-1) for one, two in zip(outputs, reference, strict=True)]
+    return float(np.mean(np.concatenate([np.atleast_1d(item).reshape(-1) for item in same])))

@@ -1,0 +1,118 @@
+"""What engines are compared with: the program run eagerly in fp32, and ONNX graphs run as they are written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+
+from pipeline import program as programs
+from pipeline import samples
+from pipeline.samples import Sample
+from pipeline.store import Stored
+from pipeline.types import Recipe, Runner, Tensors
+
+Outputs = dict[str, NDArray[Any]]
+
+
+@contextlib.contextmanager
+def eager(program: Stored, threads: int | None = None) -> Iterator[Runner]:
+    """The captured program, run operator by operator by PyTorch in fp32.
+
+    Raises:
+        BuildError: the program's file is broken.
+    """
+    module = programs.load(program.file("program.pt2")).module()
+    signature = program.signature()
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+    def run(feeds: Tensors) -> Outputs:
+        arguments = [torch.from_numpy(np.array(feeds[spec.name], order="C")) for spec in signature.inputs]
+        with torch.inference_mode():
+            found = module(*arguments)
+        return {spec.name: value.numpy().copy() for spec, value in zip(signature.outputs, found, strict=True)}
+
+    try:
+        yield run
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def as_written(model: Stored) -> Iterator[Runner]:
+    """An ONNX graph run by ONNX Runtime with every optimisation off: what the file says, and nothing else."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        str(model.file("model.onnx")), sess_options=options, providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+
+    def run(feeds: Tensors) -> Outputs:
+        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+    yield run
+
+
+class Answers:
+    """What eager fp32 and the ONNX graphs of one recipe answer; each question is asked once.
+
+    Several engines are compared with the same answers, so these are kept while one export runs.
+    """
+
+    def __init__(self, recipe: Recipe, program: Stored, data: Stored) -> None:
+        self._recipe, self._program, self._data = recipe, program, data
+        self._sized: dict[tuple[str, str], Outputs] = {}
+        self._evaluated: list[tuple[Sample, Outputs]] | None = None
+        self._stack = contextlib.ExitStack()
+        self._runners: dict[str, Runner] = {}
+
+    def close(self) -> None:
+        """Free the loaded models."""
+        self._stack.close()
+        self._runners.clear()
+
+    def feeds(self, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+        """The inputs at these axis sizes; the same at every call."""
+        seed = sum((place + 1) * size for place, size in enumerate(sizes.values()))
+        return samples.feeds(self._recipe, sizes, seed)
+
+    def eager(self, sizes: Mapping[str, int]) -> Outputs:
+        """What the program answers to `feeds(sizes)`."""
+        return self._answer("eager", self._eager, sizes)
+
+    def onnx(self, model: Stored, sizes: Mapping[str, int]) -> Outputs:
+        """What the graph `model`, run as written, answers to `feeds(sizes)`."""
+        return self._answer(model.digest, lambda: self._written(model), sizes)
+
+    def evaluation(self) -> list[tuple[Sample, Outputs]]:
+        """Every evaluation sample, with what the program answers to it."""
+        if self._evaluated is None:
+            run = self._eager()
+            found = samples.samples(self._recipe, self._data, "evaluation")
+            self._evaluated = [(sample, run(sample.feeds)) for sample in found]
+        return self._evaluated
+
+    def _answer(self, who: str, runner: Any, sizes: Mapping[str, int]) -> Outputs:
+        key = (who, str(sorted(sizes.items())))
+        if key not in self._sized:
+            self._sized[key] = runner()(self.feeds(sizes))
+        return self._sized[key]
+
+    def _eager(self) -> Runner:
+        if "eager" not in self._runners:
+            self._runners["eager"] = self._stack.enter_context(eager(self._program))
+        return self._runners["eager"]
+
+    def _written(self, model: Stored) -> Runner:
+        if model.digest not in self._runners:
+            self._runners[model.digest] = self._stack.enter_context(as_written(model))
+        return self._runners[model.digest]

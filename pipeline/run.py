@@ -1,0 +1,377 @@
+"""The whole chain in plain Python: what the command line, the Prefect flow and the tests call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal, Protocol
+
+from pipeline import backends, choice, errors, registry, store
+from pipeline import targets as rows_of
+from pipeline.errors import BuildError, ExportyardError, ParityError, ReleaseError, UnavailableError, UsageError
+from pipeline.job import Job, Maker, Work
+from pipeline.store import Key, Made, Stored
+from pipeline.types import Chosen, LatencyReport, ParityReport, Reporter, Scheme, Target, no_report
+from pipeline.workspace import Workspace
+
+Status = Literal["passed", "failed", "not built here", "not verified"]
+
+
+class Watcher(Protocol):
+    """Told about each step as it ends; the command line prints a line."""
+
+    def __call__(self, step: str, state: str, seconds: float, /) -> None:
+        """`state` is cached, built, rebuilt or failed."""
+        ...
+
+
+def ignore(step: str, state: str, seconds: float, /) -> None:
+    """A watcher that says nothing."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one target: the form that won, or why there is none."""
+
+    target: Target
+    status: Status
+    reason: str
+    scheme: Scheme | None = None
+    engine: Stored | None = None
+    parity: ParityReport | None = None
+    latency: LatencyReport | None = None
+    candidates: Mapping[Scheme, ParityReport] = field(default_factory=dict)
+    left_out: Mapping[Scheme, str] = field(default_factory=dict)
+    exit_code: int = 0
+
+    def chosen(self) -> Chosen:
+        """This as what a release ships."""
+        assert self.engine is not None
+        assert self.parity is not None
+        assert self.latency is not None
+        assert self.scheme is not None
+        return Chosen(self.target, self.scheme, self.engine, self.parity, self.latency, self.reason)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A release that was made, or the one that is there already and has the same content."""
+
+    version: str
+    tag: str
+    manifest: Path
+    fresh: bool
+
+
+def prepare(
+    workspace: Workspace,
+    recipe: str,
+    *,
+    checkpoint: Path | None = None,
+    targets: Sequence[str] | None = None,
+    report: Reporter = no_report,
+    maker: Maker | None = None,
+) -> Job:
+    """A job, with every name checked before anything runs.
+
+    Args:
+        workspace: where the recipe and the rows are.
+        recipe: its name.
+        checkpoint: instead of the recipe's own.
+        targets: names of rows; None means the recipe's `targets`, or every row of the workspace.
+        report: told how far long work is.
+        maker: makes artifacts; the default makes them in the store.
+
+    Raises:
+        UsageError: a recipe, target, backend or option that doesn't exist, with the nearest name.
+        RecipeError, WorkspaceError: a file is wrong.
+        CheckpointError: `checkpoint` can't be one.
+    """
+    rows = workspace.rows()
+    found = workspace.recipe(recipe)
+    names = targets or found.targets or tuple(rows)
+    chosen = rows_of.select(rows, names)
+    for target in chosen:
+        rows_of.check_options(target, backends.find(target.backend).option_names)
+    job = Job(workspace, found, chosen, checkpoint and checkpoint.resolve(), report)
+    if maker is not None:
+        job.maker = maker
+    if checkpoint is not None:
+        from pipeline.job import check_checkpoint_file
+
+        check_checkpoint_file(checkpoint)
+    return job
+
+
+def export(job: Job, jobs: int = 1, watch: Watcher = ignore) -> list[Verdict]:
+    """The main job, from the checkpoint to a verdict for each target; one target's failure leaves the others.
+
+    Args:
+        job: what to do.
+        jobs: how many targets to build at the same time, each in a process of its own.
+        watch: told as each step ends.
+
+    Raises:
+        ExportyardError: what all targets need could not be made.
+    """
+    with closing(job):
+        for step, make in upstream(job):
+            _timed(step, make, watch)
+        buildable = [target for target in job.targets if job.missing(target) is None]
+        if jobs > 1 and len(buildable) > 1:
+            _build_at_once(job, buildable, jobs, watch)
+        return [verdict(job, target, watch) for target in job.targets]
+
+
+def upstream(job: Job) -> Iterator[tuple[str, Callable[[], Made]]]:
+    """What every target needs, in order."""
+    yield "checkpoint", job.checkpoint
+    yield "data", job.data
+    yield "program", job.program
+    yield "onnx/fp32", lambda: job.onnx("fp32")
+
+
+def _timed(step: str, make: Callable[[], Made], watch: Watcher) -> Made:
+    begun = time.perf_counter()
+    try:
+        made = make()
+    except ExportyardError:
+        watch(step, "failed", time.perf_counter() - begun)
+        raise
+    state = made.state if made.state != "rebuilt" else f"rebuilt ({made.reason})"
+    watch(step, state, time.perf_counter() - begun)
+    return made
+
+
+def verdict(job: Job, target: Target, watch: Watcher = ignore) -> Verdict:
+    """Build, check and measure every candidate of one target, and choose. A failure is a verdict, not an exception."""
+    missing = job.missing(target)
+    if missing is not None:
+        return Verdict(target, "not built here", missing, exit_code=UnavailableError.exit_code)
+    built, left_out = candidates(job, target, watch)
+    stopped = job.not_runnable(target)
+    if stopped is not None and built:
+        return Verdict(target, "not verified", f"built, but {stopped}", left_out=left_out)
+    parities: dict[Scheme, ParityReport] = {}
+    for scheme in built:
+        try:
+            _timed(f"parity/{target.name}/{scheme}", lambda scheme=scheme: job.parity(target, scheme), watch)
+            parities[scheme] = job.parity_report(target, scheme)
+        except BuildError as error:
+            left_out[scheme] = error.message
+    return judge(job, target, parities, left_out, watch)
+
+
+def candidates(job: Job, target: Target, watch: Watcher = ignore) -> tuple[list[Scheme], dict[Scheme, str]]:
+    """Build each candidate of `target`; those that could be built, and why the others could not."""
+    built: list[Scheme] = []
+    left_out: dict[Scheme, str] = {}
+    for scheme in target.schemes:
+        try:
+            if scheme != "fp32":
+                reason = job.left_out(scheme)
+                if reason is not None:
+                    left_out[scheme] = reason
+                    continue
+                watch(f"onnx/{scheme}", job.made[f"onnx/{scheme}"].state, 0.0)
+            _timed(f"engine/{target.name}/{scheme}", lambda scheme=scheme: job.engine(target, scheme), watch)
+            built.append(scheme)
+        except (BuildError, errors.ConversionError) as error:
+            left_out[scheme] = error.message
+    return built, left_out
+
+
+def judge(
+    job: Job,
+    target: Target,
+    parities: Mapping[Scheme, ParityReport],
+    left_out: Mapping[Scheme, str],
+    watch: Watcher = ignore,
+) -> Verdict:
+    """Measure the candidates that passed and choose among them."""
+    passed = tuple(scheme for scheme, found in parities.items() if found.passed)
+    latency = None
+    if passed:
+        _timed(f"latency/{target.name}", lambda: job.latency(target, passed), watch)
+        latency = job.latency_report(target, passed)
+    scheme, reason = choice.choose(target, parities, latency, left_out)
+    if scheme is None:
+        code = ParityError.exit_code if parities else BuildError.exit_code
+        return Verdict(target, "failed", reason, candidates=parities, left_out=left_out, exit_code=code)
+    return Verdict(
+        target,
+        "passed",
+        reason,
+        scheme,
+        job.engine(target, scheme).stored,
+        parities[scheme],
+        latency,
+        parities,
+        left_out,
+    )
+
+
+def _build_at_once(job: Job, buildable: Sequence[Target], jobs: int, watch: Watcher) -> None:
+    """Build and compare targets in worker processes; what they made is then found in the store.
+
+    Measuring is not done there: two engines measured at once would measure each other.
+    """
+    root, recipe, checkpoint = job.workspace.root, job.recipe.name, job.given_checkpoint
+    with ProcessPoolExecutor(min(jobs, len(buildable)), mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(_worker, root, recipe, checkpoint, target.name) for target in buildable]
+        try:
+            for future in running:
+                for step, state, seconds in future.result():
+                    watch(step, state, seconds)
+        except BrokenProcessPool:
+            raise BuildError(
+                "a builder process died (killed, or out of memory)",
+                hint="run again with `--jobs 1`, or with fewer targets, to see which one",
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _worker(root: Path, recipe: str, checkpoint: Path | None, target: str) -> list[tuple[str, str, float]]:
+    """One target in a process of its own. Failures are left to the parent, which meets them again."""
+    steps: list[tuple[str, str, float]] = []
+    job = prepare(Workspace(root), recipe, checkpoint=checkpoint, targets=[target])
+    row = job.targets[0]
+    with closing(job):
+        built, _ = candidates(job, row, lambda step, state, seconds: steps.append((step, state, seconds)))
+        if job.not_runnable(row) is None:
+            for scheme in built:
+                with suppress(BuildError):
+                    job.parity(row, scheme)
+    return [entry for entry in steps if entry[1] != "cached"]
+
+
+class _StaleError(Exception):
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(reason)
+        self.folder, self.reason = folder, reason
+
+
+class Inspector(Maker):
+    """Looks instead of making: what isn't as it should be is raised."""
+
+    def make(self, folder: Path, key: Key, work: Work) -> Made:
+        """The stored artifact; `work` is never called."""
+        del work
+        stored, reason = store.state_of(folder, key)
+        if stored is None:
+            raise _StaleError(folder, reason)
+        return Made(stored, "cached")
+
+
+@dataclass(frozen=True)
+class StepState:
+    """Whether one step would be made by the next export, and why."""
+
+    step: str
+    fresh: bool
+    reason: str
+
+
+def status(job: Job) -> list[StepState]:
+    """The state of every step of `job`, which must have been prepared with an `Inspector`; makes nothing."""
+    found = [_look(job, step, make) for step, make in upstream(job)]
+    for target in job.targets:
+        missing = job.missing(target)
+        if missing is not None:
+            found.append(StepState(f"engine/{target.name}", True, f"not built here: {missing}"))
+            continue
+        for scheme in target.schemes:
+            found += _look_at_candidate(job, target, scheme)
+    unique = {entry.step: entry for entry in found}
+    return list(unique.values())
+
+
+def _look_at_candidate(job: Job, target: Target, scheme: Scheme) -> list[StepState]:
+    found = []
+    if scheme != "fp32":
+        graph = _look(job, f"onnx/{scheme}", lambda: job.onnx(scheme))
+        found.append(graph)
+        if graph.fresh and job.left_out(scheme) is not None:
+            return found
+    found.append(_look(job, f"engine/{target.name}/{scheme}", lambda: job.engine(target, scheme)))
+    if job.not_runnable(target) is None:
+        found.append(_look(job, f"parity/{target.name}/{scheme}", lambda: job.parity(target, scheme)))
+    return found
+
+
+def _look(job: Job, step: str, make: Callable[[], Made]) -> StepState:
+    try:
+        make()
+    except _StaleError as stale:
+        if stale.folder == job.folder / step:
+            return StepState(step, False, stale.reason)
+        return StepState(step, False, f"waits for {stale.folder.relative_to(job.folder).as_posix()}")
+    except ExportyardError as error:
+        return StepState(step, False, error.message)
+    return StepState(step, True, "up to date")
+
+
+def make_step(job: Job, step: str, watch: Watcher = ignore) -> Path:
+    """Make one step by its folder's name (``program``, ``onnx/fp32``, ``engine/TARGET``): what DVC's stages run.
+
+    Raises:
+        UsageError: there is no such step.
+        ExportyardError: it can't be made.
+    """
+    simple = dict(upstream(job)) | {"statistics": job.statistics}
+    kind, _, rest = step.partition("/")
+    with closing(job):
+        if step in simple:
+            _timed(step, simple[step], watch)
+        elif kind == "onnx" and rest:
+            for scheme in rest.split(","):
+                _timed(f"onnx/{scheme}", lambda scheme=scheme: job.onnx(scheme), watch)
+        elif kind in ("engine", "parity", "latency") and rest:
+            found = verdict(job, rows_of.select(job.workspace.rows(), [rest])[0], watch)
+            if found.status == "failed":
+                raise ParityError(f"`{rest}`: {found.reason}", hint=f"`exportyard parity {job.recipe.name}` shows more")
+        else:
+            raise errors.unknown("step", step, [*simple, "engine/TARGET", "parity/TARGET", "latency/TARGET"])
+    return job.folder / step
+
+
+def publish(
+    job: Job,
+    verdicts: Sequence[Verdict],
+    bump: Literal["patch", "minor", "major"] = "patch",
+    *,
+    allow_dirty: bool = False,
+    require: Sequence[str] | None = None,
+) -> Published:
+    """Publish the engines that were chosen, all or nothing.
+
+    Raises:
+        ReleaseError: a target failed, none passed, the recipe's code isn't committed, or git or DVC refused.
+    """
+    failed = [found for found in verdicts if found.status == "failed"]
+    if failed:
+        lines = "\n".join(f"  {found.target.name}: {found.reason}" for found in failed)
+        raise ReleaseError(
+            f"nothing is published, since {len(failed)} of {len(verdicts)} targets failed:\n{lines}",
+            hint="correct them, or name the targets to release with `--target T`",
+        )
+    del require
+    chosen = [found.chosen() for found in verdicts if found.status == "passed"]
+    if not chosen:
+        raise ReleaseError("nothing to publish: no target could be built and verified on this host")
+    skipped = {found.target.name: f"{found.status}: {found.reason}" for found in verdicts if found.status != "passed"}
+    return registry_publish(job, chosen, skipped, bump, allow_dirty=allow_dirty)
+
+
+def registry_publish(
+    job: Job, chosen: Sequence[Chosen], skipped: Mapping[str, str], bump: str, *, allow_dirty: bool
+) -> Published:
+    """To be filled in when the registry lands."""
+    raise NotImplementedError((registry, UsageError, job, chosen, skipped, bump, allow_dirty))

@@ -1,0 +1,106 @@
+"""Stage benchmark: how fast each candidate of a target is, next to eager PyTorch, in one interleaved run.
+
+The machines are noisy, so runners take turns call by call, and ratios are formed within a round before their median
+is taken: what slows one round slows all of its calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from pipeline import backends, host, reference, samples
+from pipeline.store import Stored, write_json
+from pipeline.types import LatencyReport, LatencyRow, Recipe, Reporter, Scheme, Target, Timing
+
+BUDGET_S = 2.0  # of measuring, for each combination of sizes
+MOST_ROUNDS = 200
+LEAST_ROUNDS = 5
+
+
+def benchmark(
+    recipe: Recipe,
+    target: Target,
+    engines: Mapping[Scheme, Stored],
+    program: Stored,
+    out: Path,
+    report: Reporter,
+) -> dict[str, JsonValue]:
+    """Time `engines` and eager PyTorch at batch 1 and at every axis's opt; write ``latency.json``.
+
+    Raises:
+        BuildError: an engine can't be loaded.
+    """
+    threads = host.cpu_count()
+    combinations = timed_sizes(recipe)
+    with contextlib.ExitStack() as stack:
+        runners = {"eager": stack.enter_context(reference.eager(program, threads))}
+        for scheme, engine in engines.items():
+            runners[scheme] = stack.enter_context(backends.find(target.backend).load(engine, target))
+        rows = []
+        for done, sizes in enumerate(combinations):
+            report(done, len(combinations), f"latency {target.name} at {dict(sizes)}")
+            feeds = samples.feeds(recipe, sizes, seed=1)
+            calls = {name: (lambda run=run, feeds=feeds: run(feeds)) for name, run in runners.items()}
+            rows.append(_row(sizes, interleaved(calls)))
+    found = LatencyReport(
+        recipe=recipe.name, target=target.name, cpu=host.cpu_name(), threads=threads, rows=tuple(rows)
+    )
+    write_json(out / "latency.json", found.plain())
+    return {"threads": threads}
+
+
+def timed_sizes(recipe: Recipe) -> list[dict[str, int]]:
+    """The first axis at its min (batch 1, as a rule) with the others at opt, then all at opt."""
+    opt = {name: axis.opt for name, axis in recipe.axes.items()}
+    if not opt:
+        return [{}]
+    first = next(iter(recipe.axes))
+    single = opt | {first: recipe.axes[first].min}
+    return [single, opt] if single != opt else [opt]
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each call in each round, the calls taking turns; warmed up, and as many rounds as time allows."""
+    costs: dict[str, float] = {}
+    for name, call in calls.items():
+        call()
+        begun = time.perf_counter()
+        call()
+        costs[name] = time.perf_counter() - begun
+    wanted = int(BUDGET_S / max(sum(costs.values()), 1e-6))
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, wanted))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call()
+            found[name].append(time.perf_counter() - begun)
+    return found
+
+
+def _row(sizes: Mapping[str, int], seconds: Mapping[str, list[float]]) -> LatencyRow:
+    schemes: list[Scheme] = [name for name in seconds if name != "eager"]  # type: ignore[misc]  # the rest are schemes
+    return LatencyRow(
+        sizes=sizes,
+        eager=_timing(seconds["eager"]),
+        engines={scheme: _timing(seconds[scheme]) for scheme in schemes},
+        versus_eager={scheme: _ratio(seconds["eager"], seconds[scheme]) for scheme in schemes},
+        versus_fp32={scheme: _ratio(seconds["fp32"], seconds[scheme]) for scheme in schemes}
+        if "fp32" in seconds
+        else {},
+    )
+
+
+def _timing(seconds: list[float]) -> Timing:
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return Timing(median_ms=middle * 1e3, p25_ms=low * 1e3, p75_ms=high * 1e3, repeats=len(seconds))
+
+
+def _ratio(base: list[float], other: list[float]) -> float:
+    return statistics.median(one / two for one, two in zip(base, other, strict=True))
