@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, Protocol
@@ -158,13 +159,7 @@ def verdict(job: Job, target: Target, watch: Watcher = ignore) -> Verdict:
     stopped = job.not_runnable(target)
     if stopped is not None and built:
         return Verdict(target, "not verified", f"built, but {stopped}", left_out=left_out)
-    parities: dict[Scheme, ParityReport] = {}
-    for scheme in built:
-        try:
-            _timed(f"parity/{target.name}/{scheme}", lambda scheme=scheme: job.parity(target, scheme), watch)
-            parities[scheme] = job.parity_report(target, scheme)
-        except BuildError as error:
-            left_out[scheme] = error.message
+    parities = compare(job, target, built, left_out, watch)
     return judge(job, target, parities, left_out, watch)
 
 
@@ -180,11 +175,25 @@ def candidates(job: Job, target: Target, watch: Watcher = ignore) -> tuple[list[
                     left_out[scheme] = reason
                     continue
                 watch(f"onnx/{scheme}", job.made[f"onnx/{scheme}"].state, 0.0)
-            _timed(f"engine/{target.name}/{scheme}", lambda scheme=scheme: job.engine(target, scheme), watch)
+            _timed(f"engine/{target.name}/{scheme}", partial(job.engine, target, scheme), watch)
             built.append(scheme)
         except (BuildError, errors.ConversionError) as error:
             left_out[scheme] = error.message
     return built, left_out
+
+
+def compare(
+    job: Job, target: Target, built: Sequence[Scheme], left_out: dict[Scheme, str], watch: Watcher = ignore
+) -> dict[Scheme, ParityReport]:
+    """Compare each candidate with what it came from; one that can't be loaded moves to `left_out`."""
+    parities: dict[Scheme, ParityReport] = {}
+    for scheme in built:
+        try:
+            _timed(f"parity/{target.name}/{scheme}", partial(job.parity, target, scheme), watch)
+            parities[scheme] = job.parity_report(target, scheme)
+        except BuildError as error:
+            left_out[scheme] = error.message
+    return parities
 
 
 def judge(
@@ -332,7 +341,7 @@ def make_step(job: Job, step: str, watch: Watcher = ignore) -> Path:
             _timed(step, simple[step], watch)
         elif kind == "onnx" and rest:
             for scheme in rest.split(","):
-                _timed(f"onnx/{scheme}", lambda scheme=scheme: job.onnx(scheme), watch)
+                _timed(f"onnx/{scheme}", partial(job.onnx, scheme), watch)
         elif kind in ("engine", "parity", "latency") and rest:
             found = verdict(job, rows_of.select(job.workspace.rows(), [rest])[0], watch)
             if found.status == "failed":
