@@ -48,7 +48,7 @@ def distance(name: str, reference: Array, other: Array, kind: OutputKind = "othe
     finite = np.isfinite(ref)
     peak = float(np.abs(ref[finite]).max()) if finite.any() else 0.0
     max_abs = float(gap.max())
-    rmse = float(np.sqrt(np.mean(np.square(gap)))) if math.isfinite(max_abs) else math.inf
+    rmse = _norm(gap) / math.sqrt(gap.size) if math.isfinite(max_abs) else math.inf
     return Distance(
         output=name,
         kind=kind,
@@ -67,21 +67,24 @@ def _ratio(value: float, peak: float) -> float:
     return 0.0 if value == 0 else math.inf
 
 
+def _norm(array: Array) -> float:
+    """Euclidean norm; scaled first, so that squares of very large or very small values neither overflow nor vanish."""
+    top = float(np.abs(array).max(initial=0))
+    return top * math.sqrt(float(np.sum(np.square(array / top)))) if top > 0 else 0.0
+
+
 def _sqnr_db(reference: Array, gap: Array) -> float:
-    noise, signal = float(np.sum(np.square(gap))), float(np.sum(np.square(reference)))
+    noise, signal = _norm(gap), _norm(reference)
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    return 20 * (math.log10(signal) - math.log10(noise)) if signal > 0 else -math.inf
 
 
 def _cosine(reference: Array, other: Array) -> float:
-    # scaled first, so that squares of very large or very small values neither overflow nor vanish
-    top, low = float(np.abs(reference).max(initial=0)), float(np.abs(other).max(initial=0))
-    if top == 0 or low == 0:
-        return 1.0 if top == low else 0.0
-    one, two = reference / top, other / low
-    value = float(np.sum(one * two) / math.sqrt(float(np.sum(one * one)) * float(np.sum(two * two))))
-    return max(-1.0, min(1.0, value))
+    one, two = _norm(reference), _norm(other)
+    if one == 0 or two == 0:
+        return 1.0 if one == two else 0.0
+    return max(-1.0, min(1.0, float(np.sum((reference / one) * (other / two)))))
 
 
 def _agreement(reference: Array, other: Array, kind: OutputKind) -> float | None:

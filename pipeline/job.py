@@ -301,7 +301,7 @@ class Job:
         """How fast the engines of `schemes` are, measured together."""
 
         def key() -> Key:
-            inputs = {scheme: self.engine(target, scheme).stored.digest for scheme in schemes}
+            inputs: dict[str, str] = {scheme: self.engine(target, scheme).stored.digest for scheme in schemes}
             inputs["program"] = self.program().stored.digest
             config = self.recipe.model_dump(mode="json", include={"axes", "inputs"})
             config |= {"cpu": host.cpu_name(), "threads": host.cpu_count()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast, get_args
 
 from pipeline import backends, choice, errors, registry, store
 from pipeline import targets as rows_of
@@ -123,7 +123,7 @@ def export(job: Job, jobs: int = 1, watch: Watcher = ignore) -> list[Verdict]:
     """
     with closing(job):
         for step, make in upstream(job):
-            _timed(step, make, watch)
+            timed(step, make, watch)
         buildable = [target for target in job.targets if job.missing(target) is None]
         if jobs > 1 and len(buildable) > 1:
             _build_at_once(job, buildable, jobs, watch)
@@ -138,7 +138,8 @@ def upstream(job: Job) -> Iterator[tuple[str, Callable[[], Made]]]:
     yield "onnx/fp32", lambda: job.onnx("fp32")
 
 
-def _timed(step: str, make: Callable[[], Made], watch: Watcher) -> Made:
+def timed(step: str, make: Callable[[], Made], watch: Watcher) -> Made:
+    """Make one step and tell the watcher how that went."""
     begun = time.perf_counter()
     try:
         made = make()
@@ -175,7 +176,7 @@ def candidates(job: Job, target: Target, watch: Watcher = ignore) -> tuple[list[
                     left_out[scheme] = reason
                     continue
                 watch(f"onnx/{scheme}", job.made[f"onnx/{scheme}"].state, 0.0)
-            _timed(f"engine/{target.name}/{scheme}", partial(job.engine, target, scheme), watch)
+            timed(f"engine/{target.name}/{scheme}", partial(job.engine, target, scheme), watch)
             built.append(scheme)
         except (BuildError, errors.ConversionError) as error:
             left_out[scheme] = error.message
@@ -189,7 +190,7 @@ def compare(
     parities: dict[Scheme, ParityReport] = {}
     for scheme in built:
         try:
-            _timed(f"parity/{target.name}/{scheme}", partial(job.parity, target, scheme), watch)
+            timed(f"parity/{target.name}/{scheme}", partial(job.parity, target, scheme), watch)
             parities[scheme] = job.parity_report(target, scheme)
         except BuildError as error:
             left_out[scheme] = error.message
@@ -207,7 +208,7 @@ def judge(
     passed = tuple(scheme for scheme, found in parities.items() if found.passed)
     latency = None
     if passed:
-        _timed(f"latency/{target.name}", lambda: job.latency(target, passed), watch)
+        timed(f"latency/{target.name}", lambda: job.latency(target, passed), watch)
         latency = job.latency_report(target, passed)
     scheme, reason = choice.choose(target, parities, latency, left_out)
     if scheme is None:
@@ -338,10 +339,10 @@ def make_step(job: Job, step: str, watch: Watcher = ignore) -> Path:
     kind, _, rest = step.partition("/")
     with closing(job):
         if step in simple:
-            _timed(step, simple[step], watch)
+            timed(step, simple[step], watch)
         elif kind == "onnx" and rest:
             for scheme in rest.split(","):
-                _timed(f"onnx/{scheme}", partial(job.onnx, scheme), watch)
+                timed(f"onnx/{scheme}", partial(job.onnx, scheme), watch)
         elif kind in ("engine", "parity", "latency") and rest:
             found = verdict(job, rows_of.select(job.workspace.rows(), [rest])[0], watch)
             if found.status == "failed":
@@ -349,6 +350,12 @@ def make_step(job: Job, step: str, watch: Watcher = ignore) -> Path:
         else:
             raise errors.unknown("step", step, [*simple, "engine/TARGET", "parity/TARGET", "latency/TARGET"])
     return job.folder / step
+
+
+def _scheme(name: str) -> Scheme:
+    if name in get_args(Scheme):
+        return cast(Scheme, name)
+    raise errors.unknown("scheme", name, get_args(Scheme))
 
 
 def publish(

@@ -295,8 +295,12 @@ def _replace(folder: Path, fresh: Path) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """`value` as indented JSON with sorted keys: the same value, the same bytes."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n")
+    path.write_text(json_text(value))
+
+
+def json_text(value: object) -> str:
+    """The text that `write_json` writes."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,0 +1,332 @@
+"""The command line: one subcommand a verb. Importing this loads neither torch nor prefect nor dvc."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+from typer.exceptions import TyperException
+
+from pipeline import backends, console, host, run, workspace
+from pipeline.errors import ExportyardError, UsageError
+from pipeline.job import Job
+from pipeline.workspace import Workspace
+
+app = typer.Typer(
+    name="exportyard",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="From a PyTorch checkpoint to a checked, versioned release with one engine per hardware target.",
+)
+
+# Typer reads annotations at run time and knows Optional[...] on every Python that we support
+Folder = Annotated[Path, typer.Option("-C", metavar="DIR", help="Workspace (default: here or the nearest above).")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a folder below recipes/.")]
+Checkpoint = Annotated[
+    Optional[Path],  # noqa: UP045  see above
+    typer.Option("--checkpoint", metavar="P", help="Trained weights, instead of the recipe's own."),
+]
+Targets = Annotated[
+    Optional[list[str]],  # noqa: UP045  see above
+    typer.Option("--target", "-t", metavar="T", help="A row of targets/targets.toml; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Bump = Literal["patch", "minor", "major"]
+HERE = Path()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(host.version("exportyard"))
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """See `app`."""
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the workspace shall be.")],
+    remote: Annotated[
+        Optional[Path],  # noqa: UP045  see above
+        typer.Option("--remote", metavar="DIR", help="A folder to be the DVC remote that releases are pushed to."),
+    ] = None,
+) -> None:
+    """Make a workspace: recipes/ targets/ artifacts/ dvc.yaml, under git and DVC."""
+    from pipeline import initial
+
+    for line in initial.init(folder, remote):
+        print(line)
+    console.say(f"\nnext: `cd {folder}` and `exportyard export example`")
+
+
+@app.command()
+def recipes(root: Folder = HERE, as_json: AsJson = False) -> None:
+    """List the recipes of the workspace."""
+    found = workspace.find(root)
+    loaded = [found.recipe(name) for name in found.recipe_names()]
+    if as_json:
+        print(json.dumps([recipe.model_dump(mode="json") for recipe in loaded], indent=2))
+        return
+    rows = [
+        [recipe.name, ", ".join(f"{name} {axis.min}..{axis.max}" for name, axis in recipe.axes.items()), recipe.summary]
+        for recipe in loaded
+    ]
+    console.table(["recipe", "axes", "summary"], rows)
+
+
+@app.command()
+def targets(root: Folder = HERE, as_json: AsJson = False) -> None:
+    """List the target rows: what each is, whether this host can build it, and if not why."""
+    rows = workspace.find(root).rows()
+    state = {name: backends.find(row.backend).missing(row) for name, row in rows.items()}
+    running = {name: backends.find(row.backend).not_runnable(row) for name, row in rows.items()}
+    if as_json:
+        found = [row.plain() | {"missing": state[name], "not_runnable": running[name]} for name, row in rows.items()]
+        print(json.dumps(found, indent=2))
+        return
+    lines = []
+    for name, row in rows.items():
+        verdict = "[green]builds here[/]" if state[name] is None else f"[yellow]not here:[/] {state[name]}"
+        if state[name] is None and running[name] is not None:
+            verdict = f"[yellow]builds here, not run:[/] {running[name]}"
+        lines.append([name, row.backend, ", ".join(row.schemes), verdict, row.summary])
+    console.table(["target", "backend", "schemes", "this host", "summary"], lines)
+
+
+@app.command()
+def export(
+    recipe: RecipeName,
+    checkpoint: Checkpoint = None,
+    target: Targets = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Targets to build at the same time.")] = 1,
+    root: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Build, check and measure an engine for each target; what is up to date is not made again."""
+    job, verdicts = _export(root, recipe, checkpoint, target, jobs)
+    _show(job, verdicts, as_json=as_json)
+
+
+def _export(
+    root: Path, recipe: str, checkpoint: Path | None, target: list[str] | None, jobs: int
+) -> tuple[Job, list[run.Verdict]]:
+    steps = console.Steps()
+    with console.progress() as report:
+        job = run.prepare(workspace.find(root), recipe, checkpoint=checkpoint, targets=target, report=report)
+        verdicts = run.export(job, jobs, steps)
+    steps.close()
+    return job, verdicts
+
+
+def _show(job: Job, verdicts: list[run.Verdict], *, as_json: bool) -> None:
+    """Print what became of each target, write the report, and exit with the first failure's code."""
+    from pipeline import summary
+
+    if as_json:
+        print(json.dumps([summary.plain(verdict) for verdict in verdicts], indent=2))
+    else:
+        console.table(summary.COLUMNS, [summary.row(verdict) for verdict in verdicts], numbers=summary.NUMBERS)
+    page = summary.write_report(job, verdicts)
+    console.say(f"report: {_short(page)}")
+    code = next((verdict.exit_code for verdict in verdicts if verdict.status == "failed"), 0)
+    if code == 0 and not any(verdict.status == "passed" for verdict in verdicts):
+        code = next((verdict.exit_code for verdict in verdicts if verdict.exit_code), 10)
+    if code:
+        raise typer.Exit(code)
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+@app.command()
+def parity(recipe: RecipeName, target: Targets = None, root: Folder = HERE, as_json: AsJson = False) -> None:
+    """Show how far each engine is from its ONNX graph and from eager PyTorch, size by size."""
+    from pipeline import summary
+
+    job, verdicts = _export(root, recipe, None, target, 1)
+    reports = [(verdict.target.name, found) for verdict in verdicts for found in verdict.candidates.values()]
+    if as_json:
+        print(json.dumps([found.plain() for _, found in reports], indent=2))
+    else:
+        console.table(summary.PARITY_COLUMNS, summary.parity_rows(reports), numbers=summary.PARITY_NUMBERS)
+        for name, found in reports:
+            for reason in found.reasons:
+                console.say(f"[red]failed[/] {name} {found.scheme}: {reason}")
+        for verdict in verdicts:
+            if not verdict.candidates:
+                console.say(f"[yellow]{verdict.status}[/] {verdict.target.name}: {verdict.reason}")
+    del job
+    code = next((verdict.exit_code for verdict in verdicts if verdict.status == "failed"), 0)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def publish(
+    recipe: RecipeName,
+    checkpoint: Checkpoint = None,
+    target: Targets = None,
+    bump: Annotated[Bump, typer.Option("--bump", help="Which number of the version to raise.")] = "patch",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Targets to build at the same time.")] = 1,
+    allow_dirty: Annotated[bool, typer.Option("--allow-dirty", help="Release code that isn't committed.")] = False,
+    root: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Publish a release: manifest, DVC, remote and git tag; all or nothing."""
+    job, verdicts = _export(root, recipe, checkpoint, target, jobs)
+    published = run.publish(job, verdicts, bump, allow_dirty=allow_dirty)
+    if as_json:
+        print(json.dumps({"version": published.version, "tag": published.tag, "fresh": published.fresh}))
+    elif published.fresh:
+        print(f"published {published.tag}")
+        console.say(f"next: `exportyard pull {recipe}@{published.version} --to DIR`")
+    else:
+        print(f"nothing changed since {published.tag}")
+
+
+@app.command()
+def releases(recipe: RecipeName, root: Folder = HERE, as_json: AsJson = False) -> None:
+    """List the releases of a recipe."""
+    from pipeline import registry
+
+    found = workspace.find(root)
+    found.recipe(recipe)
+    listed = registry.versions(found.root, recipe)
+    if as_json:
+        print(json.dumps([release.plain() for release in listed], indent=2))
+        return
+    if not listed:
+        console.say(f"there is no release of `{recipe}` yet\n\nhint: `exportyard publish {recipe}`")
+    console.table(["version", "date", "commit", "targets"], [registry.row(release) for release in listed])
+
+
+@app.command()
+def pull(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE[@VERSION]", help="The newest version if none is given.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to put the release.")],
+    target: Targets = None,
+    source: Annotated[
+        Optional[str],  # noqa: UP045  see above
+        typer.Option("--from", metavar="DIR|URL", help="A workspace or a git address (default: this workspace)."),
+    ] = None,
+    root: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Download a release, or some of its targets, and verify every byte."""
+    from pipeline import registry
+
+    name, _, version = recipe.partition("@")
+    where = source if source is not None else str(workspace.find(root).root)
+    pulled = registry.fetch(where, name, version or None, target, to)
+    if as_json:
+        print(
+            json.dumps({"recipe": name, "version": pulled.version, "folder": str(to), "targets": list(pulled.targets)})
+        )
+        return
+    print(f"{name} {pulled.version} in {to}: {', '.join(pulled.targets)}")
+
+
+@app.command()
+def status(
+    recipe: RecipeName,
+    checkpoint: Checkpoint = None,
+    target: Targets = None,
+    root: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is stale and why; makes nothing."""
+    job = run.prepare(workspace.find(root), recipe, checkpoint=checkpoint, targets=target, maker=run.Inspector())
+    states = run.status(job)
+    if as_json:
+        print(json.dumps([{"step": one.step, "fresh": one.fresh, "reason": one.reason} for one in states], indent=2))
+        return
+    rows = [[one.step, "[green]fresh[/]" if one.fresh else "[yellow]stale[/]", one.reason] for one in states]
+    console.table(["step", "state", "why"], rows)
+
+
+@app.command()
+def make(
+    recipe: RecipeName,
+    step: Annotated[str, typer.Argument(help="Folder below artifacts/RECIPE/, such as program or engine/TARGET.")],
+    root: Folder = HERE,
+) -> None:
+    """Make one step and what it needs; this is what the stages of dvc.yaml run."""
+    steps = console.Steps()
+    with console.progress() as report:
+        job = run.prepare(workspace.find(root), recipe, report=report)
+        folder = run.make_step(job, step, steps)
+    steps.close()
+    print(_short(folder))
+
+
+@app.command()
+def doctor(root: Folder = HERE, as_json: AsJson = False) -> None:
+    """Show this host, the versions of the tools, and what is missing for which target and how to get it."""
+    from pipeline import diagnosis
+
+    rows = workspace.find(root).rows()
+    if as_json:
+        print(json.dumps(diagnosis.plain(rows), indent=2))
+        return
+    console.table(["host", ""], diagnosis.host_rows())
+    console.table(["tool", "version", "what it is for"], diagnosis.tool_rows())
+    console.table(["target", "state", "how to get it"], diagnosis.target_rows(rows))
+
+
+def main() -> None:
+    """Entry point: runs a command, and ends every failure in one clear message and its exit code."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except typer.Exit as leave:
+        return int(leave.exit_code)
+    except ExportyardError as error:
+        return console.fail(error)
+    except TyperException as error:
+        return console.fail(UsageError(error.format_message(), hint="`exportyard --help` lists commands and options"))
+    except (KeyboardInterrupt, typer.Abort):
+        console.say("\ninterrupted: what was finished is kept; the same command goes on from there")
+        return 130
+    except BrokenPipeError:  # `exportyard targets | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _bug(error)
+
+
+def _bug(error: Exception) -> int:
+    """Something that no message was written for: say so, and keep the traceback for the report."""
+    if os.environ.get("EXPORTYARD_DEBUG"):
+        traceback.print_exc()
+        return 1
+    with tempfile.NamedTemporaryFile("w", prefix="exportyard-", suffix=".log", delete=False) as log:
+        traceback.print_exception(error, file=log)
+    first = (str(error).splitlines() or [""])[0][:200]
+    return console.fail(
+        ExportyardError(
+            f"a bug in exportyard: {type(error).__name__}: {first}",
+            hint=f"please report it with `{log.name}`, which has the details",
+        )
+    )
+
+
+__all__ = ["Workspace", "app", "main"]

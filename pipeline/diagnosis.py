@@ -1,0 +1,68 @@
+"""What `doctor` says: this host, its tools, and for each target what is missing and how to get it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline import backends, host
+from pipeline.types import Target
+
+TOOLS: tuple[tuple[str, str], ...] = (
+    ("torch", "capture and eager reference"),
+    ("onnx", "the graph format"),
+    ("onnxscript", "the ONNX exporter"),
+    ("onnxruntime", "backend onnxruntime; calibration"),
+    ("apache-tvm", "backend tvm: `pip install 'exportyard[tvm]'`"),
+    ("dvc", "releases"),
+    ("gto", "release tags"),
+    ("prefect", "flows: `pip install 'exportyard[flows]'`"),
+)
+TELLING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
+
+
+def host_rows() -> list[list[str]]:
+    """What this machine is."""
+    telling = [name for name in TELLING if name in host.cpu_features()]
+    return [
+        ["python", platform.python_version()],
+        ["system", f"{host.system()} {host.machine()}"],
+        ["cpu", f"{host.cpu_name()}, {host.cpu_count()} cores"],
+        ["features", ", ".join(telling) or "none that matter here"],
+    ]
+
+
+def tool_rows() -> list[list[str]]:
+    """Versions of what exportyard works with."""
+    found = [[name, host.version(name) or "[yellow]missing[/]", use] for name, use in TOOLS]
+    git = shutil.which("git")
+    return [*found, ["git", "found" if git else "[red]missing[/]", "releases; Debian package `git`"]]
+
+
+def target_rows(rows: Mapping[str, Target]) -> list[list[str]]:
+    """For each target, whether it builds and runs here, and the reason if not."""
+    lines = []
+    for name, target in rows.items():
+        backend = backends.find(target.backend)
+        missing, stopped = backend.missing(target), backend.not_runnable(target)
+        state = "[green]ready[/]" if not missing and not stopped else "[yellow]not ready[/]"
+        lines.append([name, state, missing or stopped or ""])
+    return lines
+
+
+def plain(rows: Mapping[str, Target]) -> dict[str, Any]:
+    """The same as JSON data."""
+    return {
+        "host": {line[0]: line[1] for line in host_rows()},
+        "features": sorted(host.cpu_features()),
+        "tools": {name: host.version(name) for name, _ in TOOLS},
+        "targets": {
+            name: {
+                "missing": backends.find(target.backend).missing(target),
+                "not_runnable": backends.find(target.backend).not_runnable(target),
+            }
+            for name, target in rows.items()
+        },
+    }

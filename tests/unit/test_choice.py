@@ -1,0 +1,53 @@
+"""The choice among numeric forms: by measurement, with its reason."""
+
+from pipeline.choice import choose
+from pipeline.types import LatencyReport, LatencyRow, MetricResult, ParityReport, Target, Timing, Tolerance
+
+TARGET = Target(
+    name="linux-x86_64-x",
+    backend="x",
+    platform="linux",
+    machine="x86_64",
+    arch="any",
+    schemes=("int8-u8s8", "int8-dynamic", "fp32"),
+    vs_onnx={scheme: Tolerance(sqnr_db=30) for scheme in ("int8-u8s8", "int8-dynamic", "fp32")},
+)
+
+
+def parity(scheme, passed=True):
+    metric = MetricResult(name="accuracy", eager=0.99, engine=0.9, drop=0.09, budget=0.01, samples=3)
+    reasons = () if passed else ("accuracy falls by 0.09",)
+    return ParityReport(recipe="m", target="t", scheme=scheme, sizes=(), metric=metric, passed=passed, reasons=reasons)
+
+
+def latency(**versus):
+    named = {name.replace("_", "-"): value for name, value in versus.items()}
+    timing = Timing(median_ms=1, p25_ms=1, p75_ms=1, repeats=5)
+    row = LatencyRow(sizes={}, eager=timing, engines=dict.fromkeys(named, timing), versus_eager=named)
+    return LatencyReport(recipe="m", target="t", cpu="c", threads=1, rows=(row,))
+
+
+def all_of(*schemes):
+    return {scheme: parity(scheme) for scheme in schemes}
+
+
+def test_the_fastest_within_budget_wins():
+    found = choose(TARGET, all_of("int8-u8s8", "fp32"), latency(int8_u8s8=4, fp32=2), {})
+    assert found == ("int8-u8s8", "fastest within budget: fp32 runs at 0.50x of its speed")
+
+
+def test_int8_that_is_no_faster_than_fp32_does_not_ship():
+    found = choose(TARGET, all_of("int8-u8s8", "fp32"), latency(int8_u8s8=2.02, fp32=2), {})
+    assert found == ("fp32", "fastest within budget: int8-u8s8 runs at 1.01x of its speed")
+
+
+def test_a_form_outside_the_budget_never_ships_and_is_named():
+    parities = all_of("fp32", "int8-dynamic") | {"int8-u8s8": parity("int8-u8s8", passed=False)}
+    scheme, reason = choose(TARGET, parities, latency(int8_dynamic=3, fp32=2), {})
+    assert scheme == "int8-dynamic"
+    assert "int8-u8s8 accuracy falls by 0.09" in reason
+
+
+def test_none_passed():
+    found = choose(TARGET, {"fp32": parity("fp32", passed=False)}, None, {"int8-u8s8": "does not apply: no operator"})
+    assert found == (None, "fp32 accuracy falls by 0.09; int8-u8s8 does not apply: no operator")
