@@ -1,0 +1,234 @@
+"""Publish, the part on disk: a folder that holds all a device needs, and nothing that it can't check."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+from safetensors.numpy import save_file
+
+from pipeline import backends, compare, digest, manifest, reference, samples
+from pipeline.errors import ReleaseError, StoreError
+from pipeline.manifest import Engine, Golden, Latency, LatencyLine, Manifest, ParitySummary, ReleaseFile
+from pipeline.store import Stored
+from pipeline.types import Chosen, Distance, ParityReport, Recipe, Runner, Tolerance
+
+Array = NDArray[Any]
+SEED = 20_000  # of the golden inputs; any number that parity does not use
+MARGIN = 2.0  # another CPU rounds otherwise than the one that measured
+FLOOR = 1e-6  # of the largest golden value: two correct float32 kernels differ by about that
+
+
+def lay_out(
+    recipe: Recipe,
+    chosen: Sequence[Chosen],
+    skipped: Mapping[str, str],
+    program: Stored,
+    checkpoint: Stored,
+    data: Stored,
+    version: str,
+    commit: str,
+    dirty: bool,
+    out: Path,
+) -> dict[str, JsonValue]:
+    """Write a release into the empty folder `out`: engines, golden vectors and ``manifest.json``.
+
+    Args:
+        skipped: for each target without an engine, the reason.
+        version: semantic version without ``v``.
+        commit: of the code that made the engines; `dirty` if recipe or targets had uncommitted changes.
+
+    Raises:
+        ReleaseError: there is no engine, or one of them failed parity.
+        StoreError: an engine's file changed while it was copied.
+        BuildError: an engine that this host can run does not load or run.
+    """
+    _check(recipe, chosen)
+    sizes = golden_sizes(recipe)
+    feeds = {case: samples.feeds(recipe, at, SEED + place) for place, (case, at) in enumerate(sizes.items())}
+    with reference.eager(program) as eager:
+        expected = {case: eager(arrays) for case, arrays in feeds.items()}
+    save_file(_keyed(feeds, expected), out / manifest.GOLDEN)
+    engines = {item.target.name: _engine(item, feeds, expected, out) for item in chosen}
+    made = Manifest(
+        recipe=recipe.name,
+        version=version,
+        source=manifest.Source(commit=commit, dirty=dirty),
+        checkpoint={name: fact.sha256 for name, fact in sorted(checkpoint.artifact.files.items())},
+        data=data.digest,
+        tools=program.artifact.tools,
+        signature=program.signature(),
+        engines=engines,
+        skipped=dict(skipped),
+        golden=Golden(file=_described(out, manifest.GOLDEN), cases=sizes),
+    )
+    (out / manifest.FILE).write_text(made.text())
+    size = sum(file.size_bytes for file in made.files())
+    return {"version": version, "targets": [*sorted(engines)], "size_bytes": size}
+
+
+def _check(recipe: Recipe, chosen: Sequence[Chosen]) -> None:
+    if not chosen:
+        raise ReleaseError(
+            f"there is no engine of `{recipe.name}` to publish",
+            hint=f"`exportyard status {recipe.name}` says why each target has none",
+        )
+    for item in chosen:
+        if not item.parity.passed:
+            why = item.parity.reasons[0] if item.parity.reasons else "it failed parity"
+            raise ReleaseError(
+                f"`{item.target.name}` ({item.scheme}) of `{recipe.name}` failed parity and is not published: {why}",
+                hint=f"`exportyard parity {recipe.name}` shows every distance; the engine is kept in artifacts/",
+            )
+
+
+def golden_sizes(recipe: Recipe) -> dict[str, dict[str, int]]:
+    """Axis sizes of the golden cases: ``min``, an ``odd`` one and ``opt``; equal ones once."""
+    everywhere = samples.combinations(recipe)
+    low, opt = everywhere[0], everywhere[min(1, len(everywhere) - 1)]
+    odd = next((at for at in everywhere if at not in (low, opt) and any(n % 2 and n > 1 for n in at.values())), None)
+    cases = {"min": low} | ({"odd": odd} if odd else {}) | ({"opt": opt} if opt != low else {})
+    return {case: dict(at) for case, at in cases.items()}
+
+
+def _keyed(feeds: Mapping[str, Mapping[str, Array]], expected: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
+    tensors = {f"{case}/in/{name}": array for case, arrays in feeds.items() for name, array in arrays.items()}
+    return tensors | {
+        f"{case}/out/{name}": array for case, arrays in expected.items() for name, array in arrays.items()
+    }
+
+
+def _engine(
+    item: Chosen, feeds: Mapping[str, Mapping[str, Array]], expected: Mapping[str, Mapping[str, Array]], out: Path
+) -> Engine:
+    folder = f"engines/{item.target.name}"
+    files = tuple(
+        _copy(item.engine.file(name), out, ReleaseFile(path=f"{folder}/{name}", **fact.model_dump()))
+        for name, fact in sorted(item.engine.artifact.files.items())
+    )
+    parity = summary(item.parity)
+    found = [distance for rows in _measured(item, feeds, expected) for distance in rows]
+    return Engine(
+        target=item.target,
+        scheme=item.scheme,
+        reason=item.reason,
+        tools=item.engine.artifact.tools,
+        files=files,
+        parity=parity,
+        latency=_latency(item),
+        golden=bounds(worst([*parity.vs_eager, *found]), expected.values()),
+    )
+
+
+def _copy(source: Path, out: Path, file: ReleaseFile) -> ReleaseFile:
+    """Copy one file and check it, in one pass over its bytes.
+
+    A copy, not a hard link: a link would share its bytes with the store, and whoever edits, truncates or appends to
+    a file of the release would damage the engine as well.
+    """
+    path = out / file.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hashed = hashlib.sha256()
+    with source.open("rb") as reader, path.open("wb") as writer:
+        while block := reader.read(1 << 20):
+            hashed.update(block)
+            writer.write(block)
+    if hashed.hexdigest() != file.sha256:
+        raise StoreError(
+            f"`{source}` has other bytes than were built",
+            hint="`exportyard export` builds it again; then publish again",
+        )
+    return file
+
+
+def _described(out: Path, name: str) -> ReleaseFile:
+    path = out / name
+    return ReleaseFile(path=name, sha256=digest.of_file(path), size_bytes=path.stat().st_size)
+
+
+def _measured(
+    item: Chosen, feeds: Mapping[str, Mapping[str, Array]], expected: Mapping[str, Mapping[str, Array]]
+) -> Iterable[tuple[Distance, ...]]:
+    """Distances of the engine from the golden outputs, case by case; none where this host can't run it."""
+    backend = backends.find(item.target.backend)
+    if backend.not_runnable(item.target) is not None:
+        return []
+    kinds = {spec.name: spec.kind for spec in item.engine.signature().outputs}
+    with backend.load(item.engine, item.target) as run:
+        return [compare.distances(expected[case], _run(run, arrays), kinds) for case, arrays in feeds.items()]
+
+
+def _run(run: Runner, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: value.copy() for name, value in run(arrays).items()}
+
+
+def summary(report: ParityReport) -> ParitySummary:
+    """A parity report in short: the worst of each number, per output, over all sizes."""
+    return ParitySummary(
+        sizes=len(report.sizes),
+        vs_onnx=worst(distance for row in report.sizes for distance in row.vs_onnx),
+        vs_eager=worst(distance for row in report.sizes for distance in row.vs_eager),
+        metric=report.metric,
+    )
+
+
+def worst(distances: Iterable[Distance]) -> tuple[Distance, ...]:
+    """For each output, in order of appearance, the worst of each number."""
+    found: dict[str, Distance] = {}
+    for one in distances:
+        found[one.output] = _worse(found[one.output], one) if one.output in found else one
+    return tuple(found.values())
+
+
+def _worse(one: Distance, other: Distance) -> Distance:
+    shares = [share for share in (one.argmax_agreement, other.argmax_agreement) if share is not None]
+    return Distance(
+        output=one.output,
+        kind=one.kind,
+        max_abs=max(one.max_abs, other.max_abs),
+        max_over_peak=max(one.max_over_peak, other.max_over_peak),
+        rmse=max(one.rmse, other.rmse),
+        sqnr_db=min(one.sqnr_db, other.sqnr_db),
+        cosine=min(one.cosine, other.cosine),
+        argmax_agreement=min(shares) if shares else None,
+    )
+
+
+def bounds(measured: Iterable[Distance], expected: Iterable[Mapping[str, Array]]) -> dict[str, Tolerance]:
+    """How far a device may be from the golden outputs: `MARGIN` times the worst that was measured here.
+
+    Indices are compared by the share that is equal, since the distance between two indices says nothing.
+    """
+    outputs = list(expected)
+    found: dict[str, Tolerance] = {}
+    for one in measured:
+        if one.kind == "indices":
+            share = 1.0 if one.argmax_agreement is None else one.argmax_agreement
+            found[one.output] = Tolerance(argmax_agreement=max(0.0, 1 - MARGIN * (1 - share)))
+            continue
+        peak = max(_peak(arrays[one.output]) for arrays in outputs)
+        found[one.output] = Tolerance(max_abs=MARGIN * one.max_abs + FLOOR * peak)
+    return found
+
+
+def _peak(array: Array) -> float:
+    finite = np.abs(array[np.isfinite(array)].astype(np.float64))
+    return float(finite.max()) if finite.size else 0.0
+
+
+def _latency(item: Chosen) -> Latency:
+    rows = tuple(
+        LatencyLine(
+            sizes=row.sizes,
+            eager=row.eager,
+            engine=row.engines[item.scheme],
+            versus_eager=row.versus_eager[item.scheme],
+        )
+        for row in item.latency.rows
+    )
+    return Latency(cpu=item.latency.cpu, threads=item.latency.threads, rows=rows)
