@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -15,7 +15,10 @@ from pipeline import program as programs
 from pipeline import samples
 from pipeline.samples import Sample
 from pipeline.store import Stored
-from pipeline.types import Recipe, Runner, Tensors
+from pipeline.types import Recipe, Runner
+
+if TYPE_CHECKING:
+    from pipeline.types import Tensors
 
 Outputs = dict[str, NDArray[Any]]
 
