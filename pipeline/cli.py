@@ -189,8 +189,10 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Publish a release: manifest, DVC, remote and git tag; all or nothing."""
+    from pipeline import release
+
     job, verdicts = _export(root, recipe, checkpoint, target, jobs)
-    published = run.publish(job, verdicts, bump, allow_dirty=allow_dirty)
+    published = release.publish(job, verdicts, bump, allow_dirty=allow_dirty)
     if as_json:
         print(json.dumps({"version": published.version, "tag": published.tag, "fresh": published.fresh}))
     elif published.fresh:
@@ -229,17 +231,17 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Download a release, or some of its targets, and verify every byte."""
-    from pipeline import registry
+    from pipeline.pull import fetch
 
     name, _, version = recipe.partition("@")
     where = source if source is not None else str(workspace.find(root).root)
-    pulled = registry.fetch(where, name, version or None, target, to)
+    pulled = fetch(where, name, version or None, target, to)
     if as_json:
-        print(
-            json.dumps({"recipe": name, "version": pulled.version, "folder": str(to), "targets": list(pulled.targets)})
-        )
+        found = {"tag": pulled.tag, "folder": str(pulled.folder), "targets": pulled.targets, "changed": pulled.changed}
+        print(json.dumps(found, indent=2))
         return
-    print(f"{name} {pulled.version} in {to}: {', '.join(pulled.targets)}")
+    state = "" if pulled.changed else " was there already"
+    print(f"{pulled.tag} in {to}{state}: {', '.join(pulled.targets)} ({console.size(pulled.size_bytes)}, all verified)")
 
 
 @app.command()

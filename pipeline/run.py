@@ -13,9 +13,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, Protocol, cast, get_args
 
-from pipeline import backends, choice, errors, registry, store
+from pipeline import backends, choice, errors, store
 from pipeline import targets as rows_of
-from pipeline.errors import BuildError, ExportyardError, ParityError, ReleaseError, UnavailableError, UsageError
+from pipeline.errors import BuildError, ExportyardError, ParityError, ReleaseError, UnavailableError
 from pipeline.job import Job, Maker, Work
 from pipeline.store import Key, Made, Stored
 from pipeline.types import Chosen, LatencyReport, ParityReport, Reporter, Scheme, Target, no_report
@@ -58,16 +58,6 @@ class Verdict:
         assert self.latency is not None
         assert self.scheme is not None
         return Chosen(self.target, self.scheme, self.engine, self.parity, self.latency, self.reason)
-
-
-@dataclass(frozen=True)
-class Published:
-    """A release that was made, or the one that is there already and has the same content."""
-
-    version: str
-    tag: str
-    manifest: Path
-    fresh: bool
 
 
 def prepare(
@@ -341,53 +331,33 @@ def make_step(job: Job, step: str, watch: Watcher = ignore) -> Path:
         if step in simple:
             timed(step, simple[step], watch)
         elif kind == "onnx" and rest:
-            for scheme in rest.split(","):
-                timed(f"onnx/{scheme}", partial(job.onnx, scheme), watch)
+            timed(step, partial(job.onnx, _scheme(rest)), watch)
         elif kind in ("engine", "parity", "latency") and rest:
-            found = verdict(job, rows_of.select(job.workspace.rows(), [rest])[0], watch)
-            if found.status == "failed":
-                raise ParityError(f"`{rest}`: {found.reason}", hint=f"`exportyard parity {job.recipe.name}` shows more")
+            _make_for_target(job, kind, rows_of.select(job.workspace.rows(), [rest])[0], watch)
+        elif step == "release":
+            raise ReleaseError(
+                f"what the newest release of `{job.recipe.name}` was made from has changed",
+                hint=f"`exportyard publish {job.recipe.name}` makes the next one",
+            )
         else:
             raise errors.unknown("step", step, [*simple, "engine/TARGET", "parity/TARGET", "latency/TARGET"])
     return job.folder / step
 
 
+def _make_for_target(job: Job, kind: str, target: Target, watch: Watcher) -> None:
+    missing = job.missing(target)
+    if missing is not None:
+        raise UnavailableError(f"`{target.name}` can't be built on this host: {missing}", hint="`exportyard doctor`")
+    built, left_out = candidates(job, target, watch)
+    if not built:
+        raise BuildError(f"`{target.name}`: {'; '.join(left_out.values())}", hint="`exportyard export` tells more")
+    if kind != "engine":
+        parities = compare(job, target, built, left_out, watch)
+        if kind == "latency":
+            judge(job, target, parities, left_out, watch)
+
+
 def _scheme(name: str) -> Scheme:
     if name in get_args(Scheme):
-        return cast(Scheme, name)
+        return cast("Scheme", name)
     raise errors.unknown("scheme", name, get_args(Scheme))
-
-
-def publish(
-    job: Job,
-    verdicts: Sequence[Verdict],
-    bump: Literal["patch", "minor", "major"] = "patch",
-    *,
-    allow_dirty: bool = False,
-    require: Sequence[str] | None = None,
-) -> Published:
-    """Publish the engines that were chosen, all or nothing.
-
-    Raises:
-        ReleaseError: a target failed, none passed, the recipe's code isn't committed, or git or DVC refused.
-    """
-    failed = [found for found in verdicts if found.status == "failed"]
-    if failed:
-        lines = "\n".join(f"  {found.target.name}: {found.reason}" for found in failed)
-        raise ReleaseError(
-            f"nothing is published, since {len(failed)} of {len(verdicts)} targets failed:\n{lines}",
-            hint="correct them, or name the targets to release with `--target T`",
-        )
-    del require
-    chosen = [found.chosen() for found in verdicts if found.status == "passed"]
-    if not chosen:
-        raise ReleaseError("nothing to publish: no target could be built and verified on this host")
-    skipped = {found.target.name: f"{found.status}: {found.reason}" for found in verdicts if found.status != "passed"}
-    return registry_publish(job, chosen, skipped, bump, allow_dirty=allow_dirty)
-
-
-def registry_publish(
-    job: Job, chosen: Sequence[Chosen], skipped: Mapping[str, str], bump: str, *, allow_dirty: bool
-) -> Published:
-    """To be filled in when the registry lands."""
-    raise NotImplementedError((registry, UsageError, job, chosen, skipped, bump, allow_dirty))

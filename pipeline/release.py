@@ -1,0 +1,202 @@
+"""Publishing what a job made: the whole pipeline as DVC stages, the release folder, and one record of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import JsonValue
+
+from pipeline import digest, git, manifest, recipes, record, registry, store, tags
+from pipeline.errors import ReleaseError
+from pipeline.job import STATIC_SCHEMES, Job
+from pipeline.manifest import Manifest
+from pipeline.record import Step, step_name
+from pipeline.store import Key, Made
+from pipeline.types import Chosen, Scheme, Target
+from pipeline.tags import Bump
+
+if TYPE_CHECKING:
+    from pipeline.run import Verdict
+
+
+@dataclass(frozen=True)
+class Published:
+    """A release that was made; or, when `fresh` is False, the one that is there already and has the same content."""
+
+    version: str
+    tag: str
+    manifest: Path
+    fresh: bool
+
+
+def publish(job: Job, verdicts: Sequence[Verdict], bump: Bump = "patch", *, allow_dirty: bool = False) -> Published:
+    """Publish the engines that were chosen, all or nothing; a release like the newest one is not made again.
+
+    Raises:
+        ReleaseError: a target failed, none passed, the recipe's code isn't committed, or git or DVC refused.
+    """
+    chosen = _chosen(verdicts)
+    skipped = {found.target.name: f"{found.status}: {found.reason}" for found in verdicts if found.status != "passed"}
+    root, recipe = job.workspace.root, job.recipe.name
+    with record.queue(root) as turn:
+        dirty = registry.dirty_files(root, recipe, _code(job))
+        if dirty and not allow_dirty:
+            raise ReleaseError(
+                f"`{dirty[0]}` is not committed{f', nor are {len(dirty) - 1} other files' if len(dirty) > 1 else ''}, "
+                "so nobody could tell what the release was made from",
+                hint="`git add` and `git commit` first, or `--allow-dirty` to release it all the same",
+            )
+        existing = registry.versions(root, recipe)
+        for release in existing[:1]:
+            if release.manifest is not None and _content(release.manifest) == _planned_content(job, chosen):
+                path = root / registry.copy_of_manifest(recipe)
+                return Published(str(release.version), release.tag, path, fresh=False)
+        version = str(tags.next_version([release.version for release in existing], bump))
+        made = _lay_out(job, chosen, skipped, version, git.head(root), dirty=bool(dirty))
+        path = made.stored.file(manifest.FILE)
+        message = "\n".join(f"{item.target.name}: {item.scheme}" for item in chosen)
+        done = record.record(turn, steps(job, chosen), recipe, path.read_text(), version, message)
+        return Published(version, done.tag, path, fresh=True)
+
+
+def _chosen(verdicts: Sequence[Verdict]) -> list[Chosen]:
+    failed = [found for found in verdicts if found.status == "failed"]
+    if failed:
+        lines = "\n".join(f"  {found.target.name}: {found.reason}" for found in failed[:5])
+        raise ReleaseError(
+            f"nothing is published, since {len(failed)} of {len(verdicts)} targets failed:\n{lines}",
+            hint="correct them, or name the targets to release with `--target T`",
+        )
+    chosen = [found.chosen() for found in verdicts if found.status == "passed"]
+    if not chosen:
+        raise ReleaseError(
+            "nothing to publish: no target could be built and verified on this host",
+            hint="`exportyard targets` says why for each",
+        )
+    return chosen
+
+
+def _code(job: Job) -> list[Path]:
+    """Workspace files outside the recipe's folder that it imports, relative to the workspace."""
+    recipe = job.recipe
+    calibration = recipe.calibration.data if recipe.calibration else None
+    sources = (recipe.factory, recipe.train, recipe.feeds, recipe.translations, calibration)
+    files = recipes.code_files(recipe, *sources, recipe.evaluation.data, recipe.evaluation.metric)
+    return [path.relative_to(recipe.root) for path in files if not path.is_relative_to(recipe.folder)]
+
+
+def _content(found: Manifest) -> dict[str, object]:
+    """What makes two releases the same: the model, the data, and the bytes of every engine."""
+    engines = {
+        name: [engine.scheme, sorted((file.path.rpartition("/")[2], file.sha256) for file in engine.files)]
+        for name, engine in found.engines.items()
+    }
+    return {"checkpoint": dict(found.checkpoint), "data": found.data, "engines": engines}
+
+
+def _planned_content(job: Job, chosen: Sequence[Chosen]) -> dict[str, object]:
+    checkpoint = job.checkpoint().stored.artifact.files
+    engines = {
+        item.target.name: [
+            item.scheme,
+            sorted((name.rpartition("/")[2], fact.sha256) for name, fact in item.engine.artifact.files.items()),
+        ]
+        for item in chosen
+    }
+    return {
+        "checkpoint": {name: fact.sha256 for name, fact in checkpoint.items()},
+        "data": job.data().stored.digest,
+        "engines": engines,
+    }
+
+
+def _lay_out(
+    job: Job, chosen: Sequence[Chosen], skipped: Mapping[str, str], version: str, commit: str, *, dirty: bool
+) -> Made:
+    program, checkpoint, data = job.program().stored, job.checkpoint().stored, job.data().stored
+    inputs = {item.target.name: item.engine.digest for item in chosen}
+    inputs |= {"program": program.digest, "checkpoint": checkpoint.digest, "data": data.digest}
+    evidence = [[item.scheme, item.reason, item.parity.plain(), item.latency.plain()] for item in chosen]
+    config: dict[str, JsonValue] = {"version": version, "commit": commit, "dirty": dirty, "skipped": dict(skipped)}
+
+    def work(out: Path) -> Mapping[str, JsonValue]:
+        from pipeline.stages.publish import lay_out
+
+        return lay_out(job.recipe, chosen, skipped, program, checkpoint, data, version, commit, dirty, out)
+
+    return store.make(
+        job.folder / "release", Key("release", inputs, config | {"evidence": digest.of_json(evidence)}), work
+    )
+
+
+def steps(job: Job, chosen: Sequence[Chosen]) -> list[Step]:
+    """The chain of one recipe as DVC stages: the command line's own commands, over the same folders."""
+    recipe, name = job.recipe, job.recipe.name
+    calibration = recipe.calibration.data if recipe.calibration else None
+    feeds, metric = (recipe.feeds,), (recipe.evaluation.metric,)
+    named = [recipe.checkpoint] if recipe.checkpoint and job.given_checkpoint is None else []
+    found = [
+        _step(job, "checkpoint", [*_files(job, *named), *_sources(job, recipe.train)]),
+        _step(
+            job,
+            "data",
+            [*_files(job, calibration, recipe.evaluation.data), *_sources(job, calibration, recipe.evaluation.data)],
+        ),
+        _step(job, "program", [_out(name, "checkpoint"), *_sources(job, recipe.factory, *feeds)]),
+        _step(job, "onnx/fp32", [_out(name, "program"), *_sources(job, recipe.translations)]),
+    ]
+    tried = {step.partition("/")[2] for step in job.made if step.startswith("onnx/")} - {"fp32"}
+    if "statistics" in job.made:
+        found.append(_step(job, "statistics", [_out(name, "onnx/fp32"), _out(name, "data")]))
+    for scheme in sorted(tried):
+        ranges = [_out(name, "statistics")] if scheme in STATIC_SCHEMES else []
+        found.append(_step(job, f"onnx/{scheme}", [_out(name, "onnx/fp32"), *ranges]))
+    built = [target for target in job.targets if any(step.startswith(f"engine/{target.name}/") for step in job.made)]
+    for target in built:
+        found += _target_steps(job, target, _sources(job, *metric, *feeds))
+    evidence = [_out(name, f"{kind}/{item.target.name}") for item in chosen for kind in ("engine", "parity", "latency")]
+    return [*found, _step(job, "release", evidence)]
+
+
+def _target_steps(job: Job, target: Target, code: list[str]) -> list[Step]:
+    name = job.recipe.name
+    schemes: list[Scheme] = [scheme for scheme in target.schemes if f"onnx/{scheme}" in job.made]
+    graphs = [_out(name, f"onnx/{scheme}") for scheme in schemes]
+    row = {"targets/targets.toml": (f"targets.{target.name}",)}
+    found = [_step(job, f"engine/{target.name}", [*graphs, _out(name, "program")], row)]
+    if any(step.startswith(f"parity/{target.name}/") for step in job.made):
+        inputs = [_out(name, f"engine/{target.name}"), *graphs, _out(name, "program"), _out(name, "data"), *code]
+        found.append(_step(job, f"parity/{target.name}", inputs, row))
+    if f"latency/{target.name}" in job.made:
+        found.append(_step(job, f"latency/{target.name}", [_out(name, f"engine/{target.name}"), _out(name, "program")]))
+    return found
+
+
+def _step(job: Job, step: str, deps: Sequence[str], params: Mapping[str, tuple[str, ...]] | None = None) -> Step:
+    name = job.recipe.name
+    settings = f"recipes/{name}/recipe.toml"
+    return Step(
+        name=step_name(name, step),
+        cmd=f"exportyard make {name} {step}",
+        deps=tuple(sorted({settings, *deps})) if step != "release" else tuple(sorted(set(deps))),
+        outs=(_out(name, step),),
+        params=params or {},
+    )
+
+
+def _out(recipe: str, step: str) -> str:
+    return f"artifacts/{recipe}/{step}"
+
+
+def _sources(job: Job, *sources: str | None) -> list[str]:
+    return [path.relative_to(job.recipe.root).as_posix() for path in recipes.code_files(job.recipe, *sources)]
+
+
+def _files(job: Job, *names: str | None) -> list[str]:
+    """Settings that name a file of the workspace, relative to the workspace."""
+    paths = [(job.recipe.folder / name).resolve() for name in names if name is not None and not recipes.is_code(name)]
+    root = job.recipe.root
+    return [path.relative_to(root).as_posix() for path in paths if path.is_file() and path.is_relative_to(root)]
