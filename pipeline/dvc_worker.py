@@ -41,15 +41,20 @@ class Overheard(logging.Handler):
 
 
 def init(request: Json) -> Json:
-    """`dvc init` in the current folder, with telemetry off."""
+    """`dvc init` in the current folder if it isn't done, with telemetry off; a default remote where there is none."""
     from dvc.repo import Repo
 
-    with Repo.init(str(Path.cwd()), subdir=request["subdir"]) as repo, repo.config.edit() as config:
-        config["core"].update({"analytics": False, "check_update": False})
-        if request["remote"]:
-            config["core"]["remote"] = "storage"
-            config["remote"]["storage"] = {"url": request["remote"]}
-    return {}
+    if not Path(".dvc").is_dir():
+        with Repo.init(str(Path.cwd()), subdir=request["subdir"]) as repo, repo.config.edit() as config:
+            config["core"].update({"analytics": False, "check_update": False})
+    with Repo(str(Path.cwd())) as repo:
+        name = repo.config["core"].get("remote")
+        if name is None and request["remote"]:
+            name = "storage"
+            with repo.config.edit() as config:
+                config["core"]["remote"] = name
+                config["remote"][name] = {"url": request["remote"]}
+        return {"remote": repo.config["remote"][name]["url"] if name else None}
 
 
 def record(request: Json) -> Json:
