@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
+from rich.markup import escape
 from typer.exceptions import TyperException
 
 from pipeline import backends, console, host, run, workspace
 from pipeline.errors import ExportyardError, UsageError
 from pipeline.job import Job
-from pipeline.workspace import Workspace
+from pipeline.types import Recipe
 
 app = typer.Typer(
     name="exportyard",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # drawing the help with rich takes longer than all the rest of a command with nothing to do
     help="From a PyTorch checkpoint to a checked, versioned release with one engine per hardware target.",
 )
 
@@ -80,10 +82,18 @@ def recipes(root: Folder = HERE, as_json: AsJson = False) -> None:
         print(json.dumps([recipe.model_dump(mode="json") for recipe in loaded], indent=2))
         return
     rows = [
-        [recipe.name, ", ".join(f"{name} {axis.min}..{axis.max}" for name, axis in recipe.axes.items()), recipe.summary]
+        [
+            recipe.name,
+            ", ".join(f"{name} {axis.min}..{axis.max}" for name, axis in recipe.axes.items()),
+            escape(recipe.summary),
+        ]
         for recipe in loaded
     ]
     console.table(["recipe", "axes", "summary"], rows)
+
+
+def _axes(recipe: Recipe) -> str:
+    return ", ".join(f"{name} {axis.min}..{axis.max}" for name, axis in recipe.axes.items())
 
 
 @app.command()
@@ -98,10 +108,12 @@ def targets(root: Folder = HERE, as_json: AsJson = False) -> None:
         return
     lines = []
     for name, row in rows.items():
-        verdict = "[green]builds here[/]" if state[name] is None else f"[yellow]not here:[/] {state[name]}"
-        if state[name] is None and running[name] is not None:
-            verdict = f"[yellow]builds here, not run:[/] {running[name]}"
-        lines.append([name, row.backend, ", ".join(row.schemes), verdict, row.summary])
+        verdict = "[green]builds here[/]"
+        if state[name] is not None:
+            verdict = f"[yellow]not here:[/] {escape(state[name])}"
+        elif running[name] is not None:
+            verdict = f"[yellow]builds here, not run:[/] {escape(running[name])}"
+        lines.append([name, row.backend, ", ".join(row.schemes), verdict, escape(row.summary)])
     console.table(["target", "backend", "schemes", "this host", "summary"], lines)
 
 
@@ -167,10 +179,10 @@ def parity(recipe: RecipeName, target: Targets = None, root: Folder = HERE, as_j
         console.table(summary.PARITY_COLUMNS, summary.parity_rows(reports), numbers=summary.PARITY_NUMBERS)
         for name, found in reports:
             for reason in found.reasons:
-                console.say(f"[red]failed[/] {name} {found.scheme}: {reason}")
+                console.say(f"[red]failed[/] {name} {found.scheme}: {escape(reason)}")
         for verdict in verdicts:
             if not verdict.candidates:
-                console.say(f"[yellow]{verdict.status}[/] {verdict.target.name}: {verdict.reason}")
+                console.say(f"[yellow]{verdict.status}[/] {verdict.target.name}: {escape(verdict.reason)}")
     del job
     code = next((verdict.exit_code for verdict in verdicts if verdict.status == "failed"), 0)
     if code:
@@ -258,7 +270,7 @@ def status(
     if as_json:
         print(json.dumps([{"step": one.step, "fresh": one.fresh, "reason": one.reason} for one in states], indent=2))
         return
-    rows = [[one.step, "[green]fresh[/]" if one.fresh else "[yellow]stale[/]", one.reason] for one in states]
+    rows = [[one.step, "[green]fresh[/]" if one.fresh else "[yellow]stale[/]", escape(one.reason)] for one in states]
     console.table(["step", "state", "why"], rows)
 
 
@@ -329,6 +341,3 @@ def _bug(error: Exception) -> int:
             hint=f"please report it with `{log.name}`, which has the details",
         )
     )
-
-
-__all__ = ["Workspace", "app", "main"]

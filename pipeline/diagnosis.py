@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from rich.markup import escape
+
 from pipeline import backends, host
 from pipeline.types import Target
 
@@ -36,7 +38,7 @@ def host_rows() -> list[list[str]]:
 
 def tool_rows() -> list[list[str]]:
     """Versions of what exportyard works with."""
-    found = [[name, host.version(name) or "[yellow]missing[/]", use] for name, use in TOOLS]
+    found = [[name, host.version(name) or "[yellow]missing[/]", escape(use)] for name, use in TOOLS]
     git = shutil.which("git")
     return [*found, ["git", "found" if git else "[red]missing[/]", "releases; Debian package `git`"]]
 
@@ -48,7 +50,7 @@ def target_rows(rows: Mapping[str, Target]) -> list[list[str]]:
         backend = backends.find(target.backend)
         missing, stopped = backend.missing(target), backend.not_runnable(target)
         state = "[green]ready[/]" if not missing and not stopped else "[yellow]not ready[/]"
-        lines.append([name, state, missing or stopped or ""])
+        lines.append([name, state, escape(missing or stopped or "")])
     return lines
 
 

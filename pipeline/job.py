@@ -8,8 +8,9 @@ never loads torch.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -217,8 +218,18 @@ class Job:
 
         return self._make(f"onnx/{scheme}", key, work)
 
+    def graph_steps(self, scheme: Scheme) -> Iterator[tuple[str, Callable[[], Made]]]:
+        """What leads from the fp32 graph to the graph in this numeric form; nothing where it can't be made."""
+        if scheme == "fp32" or (scheme in STATIC_SCHEMES and self.recipe.calibration is None):
+            return
+        if scheme in STATIC_SCHEMES:
+            yield "statistics", self.statistics
+        yield f"onnx/{scheme}", partial(self._quantized, scheme)
+
     def left_out(self, scheme: Scheme) -> str | None:
         """Why this numeric form doesn't exist for this model, or None if it does."""
+        if scheme == "fp32":
+            return None
         if scheme in STATIC_SCHEMES and self.recipe.calibration is None:
             return "needs [calibration] data"
         made = self.onnx(scheme)

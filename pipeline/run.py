@@ -160,12 +160,12 @@ def candidates(job: Job, target: Target, watch: Watcher = ignore) -> tuple[list[
     left_out: dict[Scheme, str] = {}
     for scheme in target.schemes:
         try:
-            if scheme != "fp32":
-                reason = job.left_out(scheme)
-                if reason is not None:
-                    left_out[scheme] = reason
-                    continue
-                watch(f"onnx/{scheme}", job.made[f"onnx/{scheme}"].state, 0.0)
+            for step, make in job.graph_steps(scheme):
+                timed(step, make, watch)
+            reason = job.left_out(scheme)
+            if reason is not None:
+                left_out[scheme] = reason
+                continue
             timed(f"engine/{target.name}/{scheme}", partial(job.engine, target, scheme), watch)
             built.append(scheme)
         except (BuildError, errors.ConversionError) as error:

@@ -8,6 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from pipeline import console, host, store
 from pipeline.choice import speed
 from pipeline.types import Distance, LatencyReport, ParityReport, Scheme, SizeParity
@@ -37,7 +39,7 @@ COLOURS = {"passed": "green", "failed": "red", "not built here": "yellow", "not 
 def row(verdict: Verdict) -> list[str]:
     """One line of the export table: parity is the worst SQNR over all sizes and outputs."""
     colour = COLOURS[verdict.status]
-    told = f"[{colour}]{verdict.status}[/]: {verdict.reason}"
+    told = f"[{colour}]{verdict.status}[/]: {escape(verdict.reason)}"
     if verdict.scheme is None or verdict.parity is None or verdict.latency is None or verdict.engine is None:
         return [verdict.target.name, "", "", "", "", "", "", told]
     metric = verdict.parity.metric
@@ -61,7 +63,7 @@ def parity_rows(reports: Sequence[tuple[str, ParityReport]]) -> list[list[str]]:
         for one in found.sizes:
             sizes = spell(one)
             if one.error is not None:
-                rows.append([target, found.scheme, sizes, f"[red]{one.error}[/]", "", "", "", "", "", ""])
+                rows.append([target, found.scheme, sizes, f"[red]{escape(one.error)}[/]", "", "", "", "", "", ""])
             for onnx, eager in zip(one.vs_onnx, one.vs_eager, strict=True):
                 rows.append([target, found.scheme, sizes, onnx.output, *_numbers(onnx)[:2], *_numbers(eager)])
     return rows
