@@ -42,6 +42,7 @@ Targets = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Bump = Literal["patch", "minor", "major"]
 HERE = Path()
+INTERRUPTED = 130
 
 
 def _version(wanted: bool) -> None:
@@ -310,7 +311,8 @@ def main() -> None:
 
 def _run(arguments: list[str]) -> int:
     try:
-        return app(arguments, standalone_mode=False) or 0
+        code = int(app(arguments, standalone_mode=False) or 0)
+        return _interrupted() if code == INTERRUPTED else code  # typer turns Ctrl-C into this code
     except typer.Exit as leave:
         return int(leave.exit_code)
     except ExportyardError as error:
@@ -318,13 +320,17 @@ def _run(arguments: list[str]) -> int:
     except TyperException as error:
         return console.fail(UsageError(error.format_message(), hint="`exportyard --help` lists commands and options"))
     except (KeyboardInterrupt, typer.Abort):
-        console.say("\ninterrupted: what was finished is kept; the same command goes on from there")
-        return 130
+        return _interrupted()
     except BrokenPipeError:  # `exportyard targets | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         return _bug(error)
+
+
+def _interrupted() -> int:
+    console.say("\ninterrupted: what was finished is kept; the same command goes on from there")
+    return INTERRUPTED
 
 
 def _bug(error: Exception) -> int:

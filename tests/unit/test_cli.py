@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,8 +76,7 @@ def test_a_bug_of_ours_is_said_and_its_details_kept(monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "a bug in exportyard: ZeroDivisionError: oh" in err
     log = err.split("report it with `")[1].split("`")[0]
-    with open(log) as text:
-        assert "Traceback" in text.read()
+    assert "Traceback" in Path(log).read_text()
 
 
 def test_interrupted(monkeypatch, capsys):
