@@ -287,8 +287,10 @@ def status(job: Job) -> list[StepState]:
         if missing is not None:
             found.append(StepState(f"engine/{target.name}", True, f"not built here: {missing}"))
             continue
-        for scheme in target.schemes:
-            found += _look_at_candidate(job, target, scheme)
+        compared = [state for scheme in target.schemes for state in _look_at_candidate(job, target, scheme)]
+        found += compared
+        if job.not_runnable(target) is None:
+            found.append(_look_at_latency(job, target, compared))
     unique = {entry.step: entry for entry in found}
     return list(unique.values())
 
@@ -304,6 +306,18 @@ def _look_at_candidate(job: Job, target: Target, scheme: Scheme) -> list[StepSta
     if job.not_runnable(target) is None:
         found.append(_look(job, f"parity/{target.name}/{scheme}", lambda: job.parity(target, scheme)))
     return found
+
+
+def _look_at_latency(job: Job, target: Target, compared: Sequence[StepState]) -> StepState:
+    step = f"latency/{target.name}"
+    stale = next((state for state in compared if not state.fresh), None)
+    if stale is not None:
+        return StepState(step, False, f"waits for {stale.step}")
+    left = [scheme for scheme in target.schemes if job.left_out(scheme) is None]
+    passed = tuple(scheme for scheme in left if job.parity_report(target, scheme).passed)
+    if not passed:
+        return StepState(step, True, "no form passed, so there is nothing to measure")
+    return _look(job, step, lambda: job.latency(target, passed))
 
 
 def _look(job: Job, step: str, make: Callable[[], Made]) -> StepState:
