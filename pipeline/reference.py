@@ -30,7 +30,7 @@ def eager(program: Stored, threads: int | None = None) -> Iterator[Runner]:
     Raises:
         BuildError: the program's file is broken.
     """
-    module = programs.load(program.file("program.pt2")).module()
+    module = programs.runnable(programs.load(program.file(programs.FILE)))
     signature = program.signature()
     before = torch.get_num_threads()
     if threads is not None:

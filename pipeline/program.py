@@ -1,0 +1,168 @@
+"""Programs: reading, writing and running ``torch.export`` programs, without noise and without paths of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import sysconfig
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from pipeline import recipes
+from pipeline.errors import StoreError
+from pipeline.store import Stored
+from pipeline.types import Recipe
+
+FILE = "program.pt2"
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+_FILE_IN_TRACE = re.compile(r'File "([^"]+)"')
+_SYMBOL = re.compile(r"\b[su]\d+\b")
+_exporter = threading.RLock()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing of what torch logs, warns or prints gets out. One thread at a time: torch's tracer is global, too."""
+    with _exporter:
+        kept = [(log, log.handlers, log.propagate) for log in _torch_loggers()]
+        for log, _, _ in kept:
+            log.handlers, log.propagate = [logging.NullHandler()], False
+        try:
+            with (
+                warnings.catch_warnings(),
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            for log, handlers, propagate in kept:
+                log.handlers, log.propagate = handlers, propagate
+
+
+def _torch_loggers() -> list[logging.Logger]:
+    """torch's root logger, and every one below it with an outlet of its own."""
+    known = [log for name, log in logging.root.manager.loggerDict.items() if name.startswith("torch.")]
+    return [logging.getLogger("torch"), *(log for log in known if isinstance(log, logging.Logger) and log.handlers)]
+
+
+def load(path: Path) -> ExportedProgram:
+    """The program in the file `path`; custom operators that it uses must be registered already.
+
+    Raises:
+        StoreError: it can't be read.
+    """
+    try:
+        with quiet():
+            return torch.export.load(path)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise StoreError(
+            f"can't load the program `{path}`: {type(error).__name__}: {first}",
+            hint="`exportyard export` makes it again; custom operators must be defined in the recipe's module",
+        ) from error
+
+
+def load_program(stored: Stored, recipe: Recipe) -> ExportedProgram:
+    """The captured program; the factory's module is imported first, since it may register custom operators.
+
+    Raises:
+        RecipeError: the recipe's module can't be imported.
+        StoreError: the program can't be read.
+    """
+    if recipe.factory is not None:
+        recipes.resolve(recipe, recipe.factory, "factory")
+    return load(stored.file(FILE))
+
+
+def runnable(program: ExportedProgram) -> Callable[..., Any]:
+    """The program as a function of its inputs, in order, that returns a tuple.
+
+    torch's own guards stay off: they refuse sizes (often 1) at which capture has found the program to be right.
+    """
+    return program.module(check_guards=False)
+
+
+def save(program: ExportedProgram, path: Path, root: Path) -> None:
+    """Write `program` with the same bytes on every machine: no example inputs, and source paths relative to `root`."""
+    program.example_inputs = None
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                if node.meta.get("stack_trace"):
+                    node.meta["stack_trace"] = without_paths(node.meta["stack_trace"], root)
+    with quiet():
+        torch.export.save(program, path)
+
+
+def without_paths(trace: str, root: Path) -> str:
+    """A stack trace whose file names don't depend on where the workspace and the packages are."""
+    return _FILE_IN_TRACE.sub(lambda found: f'File "{short_path(found.group(1), root)}"', trace)
+
+
+def short_path(path: str, root: Path) -> str:
+    """`path` relative to the workspace's recipes or to where packages are installed; else its last part."""
+    for base in (root.parent, *(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib"))):
+        with contextlib.suppress(ValueError):
+            return Path(path).relative_to(base).as_posix()
+    return Path(path).name
+
+
+def axis_symbols(program: ExportedProgram, recipe: Recipe) -> dict[str, str]:
+    """Axis name for each of the program's symbols (``s43``), read from the shapes of its inputs."""
+    found: dict[str, str] = {}
+    for value, spec in zip(user_inputs(program), recipe.inputs, strict=True):
+        for size, dim in zip(shape_of(value), spec.shape, strict=True):
+            if isinstance(dim, str) and not isinstance(size, int) and size.is_Symbol:
+                found.setdefault(str(size), dim)
+    return found
+
+
+def shape_of(value: torch.Tensor) -> list[Any]:
+    """The dimensions of a fake tensor: an int, or a sympy expression where the size may vary."""
+    plain = [getattr(getattr(size, "node", None), "expr", size) for size in value.shape]
+    return [int(size) if isinstance(size, int) or size.is_Integer else size for size in plain]
+
+
+def user_inputs(program: ExportedProgram) -> list[torch.Tensor]:
+    """The fake tensors of the program's own inputs (no parameters, buffers or constants), in order."""
+    wanted = program.graph_signature.user_inputs
+    found = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
+    return [found[name] for name in wanted if isinstance(name, str)]
+
+
+def user_outputs(program: ExportedProgram) -> list[Any]:
+    """The fake tensors of the program's outputs, in order."""
+    (node,) = program.graph.find_nodes(op="output")
+    count = len(program.graph_signature.user_outputs)
+    results = list(node.args[0])
+    return [getattr(one, "meta", {}).get("val") for one in results[len(results) - count :]]
+
+
+def in_axes(size: object, symbols: Mapping[str, str]) -> int | str:
+    """A dimension in terms of axes: ``8``, ``"batch"``, ``"2*batch"``.
+
+    A size that only the data decides (as of ``nonzero``) becomes ``data_0``, ``data_1`` ...
+    """
+    text = str(size)
+    if text.isdigit():
+        return int(text)
+    return _SYMBOL.sub(lambda found: symbols.get(found.group(), found.group().replace("u", "data_")), text)
