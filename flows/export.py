@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -22,11 +22,13 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from rich.text import Text
 
-from pipeline import run, summary
+from pipeline import release, run, summary
 from pipeline.errors import BuildError, ExportyardError, ParityError
 from pipeline.job import Job
-from pipeline.run import Published, Verdict, Watcher
+from pipeline.release import Published
+from pipeline.run import Verdict, Watcher
 from pipeline.store import Made
+from pipeline.tags import Bump
 from pipeline.types import ParityReport, Scheme, Target
 from pipeline.workspace import find
 
@@ -67,7 +69,7 @@ def export(
     targets: list[str] | None = None,
     workspace: str | None = None,
     publish: bool = True,
-    bump: Literal["patch", "minor", "major"] = "patch",
+    bump: Bump = "patch",
 ) -> State[Any]:
     """From the checkpoint of a recipe to a published release, with an engine for each target.
 
@@ -80,8 +82,8 @@ def export(
         bump: which number of the version to raise.
     """
     log.setLevel(logging.INFO)
-    for name in ("prefect.task_runs", "prefect.flow_runs"):
-        logging.getLogger(name).addFilter(_without_empty_traceback)
+    for name in ("prefect.task_runs", "prefect.flow_runs", "prefect.engine"):
+        logging.getLogger(name).addFilter(_is_news)
     try:
         job = run.prepare(
             find(Path(workspace or ".")), recipe, checkpoint=Path(checkpoint) if checkpoint else None, targets=targets
@@ -93,7 +95,7 @@ def export(
     return Completed(message=_told(job, outcome), data=outcome)
 
 
-def _all(job: Job, bump: Literal["patch", "minor", "major"] | None) -> Outcome:
+def _all(job: Job, bump: Bump | None) -> Outcome:
     """Every stage; `bump` is None when nothing shall be published.
 
     Raises:
@@ -196,8 +198,10 @@ def _one_target(job: Job, target: Target, ready: Sequence[State[Any]]) -> tuple[
 
 def _failed(target: Target, found: _Candidates, state: State[Any]) -> Verdict:
     error = state.result(raise_on_failure=False)
-    code = error.exit_code if isinstance(error, ExportyardError) else ExportyardError.exit_code
-    reason = error.message if isinstance(error, ExportyardError) else str(state.message)
+    if isinstance(error, ExportyardError):
+        code, reason = error.exit_code, error.message
+    else:
+        code, reason = ExportyardError.exit_code, f"{type(error).__name__}: {error}"
     return Verdict(target, "failed", reason, candidates=found.parities, left_out=found.left_out, exit_code=code)
 
 
@@ -231,13 +235,11 @@ def _markdown(job: Job, verdicts: Sequence[Verdict], page: Path) -> str:
     return f"# {job.recipe.name}\n\n{table}\n\n{reasons}\n\nThe whole report: `{page}`\n"
 
 
-def _publish(
-    job: Job, verdicts: Sequence[Verdict], bump: Literal["patch", "minor", "major"], after: Sequence[State[Any]]
-) -> Published:
+def _publish(job: Job, verdicts: Sequence[Verdict], bump: Bump, after: Sequence[State[Any]]) -> Published:
     found: list[Published] = []
 
     def work(watch: Watcher) -> str | None:
-        found.append(run.publish(job, verdicts, bump))
+        found.append(release.publish(job, verdicts, bump))
         watch("publish", "built" if found[0].fresh else "cached", 0.0)
         return found[0].tag
 
@@ -318,8 +320,13 @@ def _raise_if_failed(state: State[Any]) -> None:
     raise error if isinstance(error, BaseException) else ExportyardError(str(state.message))
 
 
-def _without_empty_traceback(record: logging.LogRecord) -> bool:
-    """A filter that keeps all: Prefect logs a returned `Failed` with the traceback of an exception that isn't there."""
-    if record.exc_info and record.exc_info[0] is None:
-        record.exc_info = None
-    return True
+def _is_news(record: logging.LogRecord) -> bool:
+    """A filter: a user's mistake is told once, in ``Finished in state Failed(...)``, and needs no traceback.
+
+    Prefect logs a task that returns `Failed` with the traceback of an exception that isn't there, and the failure of a
+    deployment's run as an unexpected exception, twice.
+    """
+    if not record.exc_info:
+        return True
+    error = record.exc_info[1]
+    return error is not None and not isinstance(error, ExportyardError)

@@ -113,6 +113,15 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             signal.signal(signal.SIGINT, heard)
 
 
+def deliver() -> None:
+    """Send what this process has told Prefect so far, logs and events; call it before the server stops."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=STOP_LIMIT_S)
+
+
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
