@@ -16,7 +16,7 @@ from pipeline import backends, compare, digest, manifest, reference, samples
 from pipeline.errors import ReleaseError, StoreError
 from pipeline.manifest import Engine, Golden, Latency, LatencyLine, Manifest, ParitySummary, ReleaseFile
 from pipeline.store import Stored
-from pipeline.types import Chosen, Distance, ParityReport, Recipe, Runner, Tolerance
+from pipeline.types import Axis, Chosen, Distance, ParityReport, Recipe, Runner, Tolerance
 
 Array = NDArray[Any]
 SEED = 20_000  # of the golden inputs; any number that parity does not use
@@ -88,12 +88,24 @@ def _check(recipe: Recipe, chosen: Sequence[Chosen]) -> None:
 
 
 def golden_sizes(recipe: Recipe) -> dict[str, dict[str, int]]:
-    """Axis sizes of the golden cases: ``min``, an ``odd`` one and ``opt``; equal ones once."""
-    everywhere = samples.combinations(recipe)
-    low, opt = everywhere[0], everywhere[min(1, len(everywhere) - 1)]
-    odd = next((at for at in everywhere if at not in (low, opt) and any(n % 2 and n > 1 for n in at.values())), None)
-    cases = {"min": low} | ({"odd": odd} if odd else {}) | ({"opt": opt} if opt != low else {})
-    return {case: dict(at) for case, at in cases.items()}
+    """Axis sizes of the golden cases: every axis at ``min``, at an ``odd`` size, and at ``opt``; equal ones once."""
+    axes = recipe.axes.items()
+    cases = {
+        "min": {name: axis.min for name, axis in axes},
+        "odd": {name: _odd(axis) for name, axis in axes},
+        "opt": {name: axis.opt for name, axis in axes},
+    }
+    if cases["odd"] in (cases["min"], cases["opt"]):
+        del cases["odd"]
+    if cases["opt"] == cases["min"]:
+        del cases["opt"]
+    return cases
+
+
+def _odd(axis: Axis) -> int:
+    """The odd size above 1 that is nearest to opt, and not opt itself; opt where there is none."""
+    sizes = [size for size in range(axis.min, axis.max + 1) if size % 2 and size not in (1, axis.opt)]
+    return min(sizes, key=lambda size: abs(size - axis.opt), default=axis.opt)
 
 
 def _keyed(feeds: Mapping[str, Mapping[str, Array]], expected: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
