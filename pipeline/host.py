@@ -38,6 +38,11 @@ def cpu_features() -> frozenset[str]:
     return frozenset(found.group(1).split()) if found else frozenset()
 
 
+def lacking(requires: Iterable[str]) -> list[str]:
+    """Those of `requires` that this CPU doesn't have; ``avx512_vnni|avx_vnni`` means one or the other."""
+    return [feature for feature in requires if not cpu_features().intersection(feature.split("|"))]
+
+
 @functools.cache
 def cpu_name() -> str:
     """The processor's name as the kernel gives it, or the architecture."""
@@ -49,9 +54,13 @@ def cpu_name() -> str:
     return found.group(1).strip() if found else machine()
 
 
+# read before any library can pin the main thread to one core, as TVM's thread pool does
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_count() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _CORES
 
 
 @functools.cache
