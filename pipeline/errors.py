@@ -113,6 +113,13 @@ class StoreError(ExportyardError):
     exit_code = 13
 
 
+def last_line(error: BaseException) -> str:
+    """The end of an exception's message, where libraries that print their own traces put the cause; 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else "no message"
+    return text[:300] if type(error).__name__ in text else f"{type(error).__name__}: {text}"[:300]
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice most like `name`, or None when nothing is close."""
     known = list(choices)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
+from pipeline import host
 from pipeline.errors import UsageError, WorkspaceError, nearest, unknown
 from pipeline.types import Target
 
@@ -47,6 +50,18 @@ def select(rows: Mapping[str, Target], names: Iterable[str]) -> list[Target]:
     return list(chosen.values())
 
 
+def unfit(target: Target) -> str | None:
+    """Why code made for `target` doesn't run on this host, or None if it does. Never raises."""
+    if target.platform not in ("any", host.system()):
+        return f"it is for {target.platform}, this host is {host.system()}"
+    if target.machine not in ("any", host.machine()):
+        return f"it is for {target.machine}, this host is {host.machine()}"
+    lacking = host.lacking(target.requires)
+    if lacking:
+        return f"this CPU lacks {', '.join(feature.replace('|', ' or ') for feature in lacking)}"
+    return None
+
+
 def check_options(target: Target, known: Iterable[str]) -> None:
     """Refuse an option that the target's backend does not have.
 
@@ -78,8 +93,8 @@ def read_toml(path: Path) -> dict[str, object]:
 
 
 def explain(error: ValidationError) -> str:
-    """The first fault that pydantic found, on one line, with the key and the value."""
-    fault = error.errors()[0]
+    """The fault that matters most, on one line, with the key and the value."""
+    fault = _first(error)
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"unknown key `{key}`"
@@ -91,13 +106,35 @@ def explain(error: ValidationError) -> str:
     return f"`{key}` = {fault['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def hint_for(error: ValidationError, model: type[Target] | type) -> str | None:
-    """For an unknown key, the known key that is nearest."""
-    fault = error.errors()[0]
-    fields = getattr(model, "model_fields", {})
-    if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
+def hint_for(error: ValidationError, model: type[BaseModel]) -> str:
+    """For an unknown key, the known key that is nearest; `model` is what the file was read into."""
+    fault = _first(error)
+    if fault["type"] == "extra_forbidden":
+        fields = set(_table(model, fault["loc"]).model_fields) - {"folder", "root"}
         close = nearest(str(fault["loc"][-1]), fields)
         return f"did you mean `{close}`?" if close else "known keys: " + ", ".join(sorted(fields))
     if fault["type"] == "missing":
         return f"add `{fault['loc'][-1]}`; docs/recipes.md and docs/targets.md list the keys"
     return "docs/recipes.md and docs/targets.md say what each key may be"
+
+
+def _first(error: ValidationError) -> ErrorDetails:
+    """An unknown key if there is one: a misspelt key is a missing one, too, and says less as that."""
+    faults = error.errors()
+    return next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
+
+
+def _table(model: type[BaseModel], place: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model of the table that holds the key at `place`."""
+    for part in place[:-1]:
+        field = model.model_fields.get(str(part))  # None for a position in a list, or a name that the user chose
+        if field is not None:
+            model = next(_models_in(field.annotation), model)
+    return model
+
+
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)

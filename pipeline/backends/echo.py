@@ -1,0 +1,156 @@
+"""Backend `echo`: the fake that ships. It needs numpy and onnx, builds in no time, and fails where it is told to.
+
+Options of a row:
+    reference: true runs the graph with ONNX's own evaluator, so that the engine is right (and slow). False (default)
+        answers zeros of the right shapes: such an engine never passes parity.
+    fail: ``build``, ``load`` or ``run`` raises there, as a broken backend would; ``missing`` says that this host
+        can't build it.
+    sleep_ms: how long a build takes.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import operator
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import JsonValue
+
+from pipeline import host, targets
+from pipeline.backends import checked
+from pipeline.errors import BuildError
+from pipeline.types import Dim, Runner, Scheme, Signature, Target
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from pipeline.store import Stored
+    from pipeline.types import Tensors
+
+FILE = "model.onnx"
+ALL: frozenset[Scheme] = frozenset({"fp32", "fp16", "bf16", "int8-dynamic", "int8-u8s8", "int8-s8s8", "int8-u8u8"})
+_ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_FUNCTIONS: Mapping[str, Callable[..., int]] = {"Max": max, "Min": min}
+
+
+class Echo:
+    """See `pipeline.types.Backend`. Its engine is a copy of the ONNX graph."""
+
+    name = "echo"
+    option_names = frozenset({"reference", "fail", "sleep_ms"})
+    schemes = ALL
+
+    def source(self, target: Target) -> Literal["onnx", "program"]:  # noqa: ARG002
+        """It takes the ONNX graph."""
+        return "onnx"
+
+    def missing(self, target: Target) -> str | None:
+        """Nothing, unless the row plays it."""
+        return "the row says so (option `fail`)" if target.options.get("fail") == "missing" else None
+
+    def not_runnable(self, target: Target) -> str | None:
+        """The row's hardware, as with a real backend."""
+        return targets.unfit(target)
+
+    def tools(self, target: Target) -> Mapping[str, str]:  # noqa: ARG002
+        """The copy depends on nothing; its evaluator's version is told because parity depends on it."""
+        return host.versions(["onnx"])
+
+    def build(self, model: Stored, target: Target, out: Path) -> Mapping[str, JsonValue]:
+        """Copy the graph, after `sleep_ms`.
+
+        Raises:
+            RuntimeError: the row plays a broken backend.
+        """
+        time.sleep(float(target.options.get("sleep_ms", 0)) / 1000)
+        _play(target, "build")
+        for name in model.artifact.files:
+            if name != "signature.json":
+                shutil.copyfile(model.file(name), out / name)
+        return {}
+
+    @contextlib.contextmanager
+    def load(self, engine: Stored, target: Target) -> Iterator[Runner]:
+        """Zeros, or the answers of `onnx.reference`.
+
+        Raises:
+            BuildError: the file is broken.
+        """
+        import onnx
+        from onnx.reference import ReferenceEvaluator
+
+        _play(target, "load")
+        path, signature = engine.file(FILE), engine.signature()
+        try:
+            onnx.checker.check_model(path)
+            evaluator = ReferenceEvaluator(str(path)) if target.options.get("reference") else None
+        except Exception as error:  # protobuf's, onnx's and the evaluator's own
+            raise BuildError(
+                f"echo can't load the engine `{path}`: {str(error).strip().splitlines()[0]}",
+                hint="`exportyard export` builds it again",
+            ) from error
+        names = [spec.name for spec in signature.outputs]
+
+        def run(feeds: Tensors) -> dict[str, NDArray[Any]]:
+            _play(target, "run")
+            if evaluator is None:
+                return _zeros(signature, feeds)
+            found = evaluator.run(names, {name: array.copy() for name, array in feeds.items()})
+            return {name: array.copy() for name, array in zip(names, found, strict=True)}
+
+        yield checked(run, signature)
+
+
+def _play(target: Target, moment: str) -> None:
+    if target.options.get("fail") == moment:
+        raise RuntimeError(f"target `{target.name}` fails in {moment}, as its row says")
+
+
+def _zeros(signature: Signature, feeds: Tensors) -> dict[str, NDArray[Any]]:
+    import numpy as np
+
+    sizes = {
+        dim: size
+        for spec in signature.inputs
+        for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True)
+        if isinstance(dim, str)
+    }
+    return {spec.name: np.zeros([size_of(dim, sizes) for dim in spec.shape], spec.dtype) for spec in signature.outputs}
+
+
+def size_of(dim: Dim, sizes: Mapping[str, int]) -> int:
+    """The value of a dimension such as ``2*batch + 1`` or ``Max(1, seq//2)``; 1 for one that only data decides."""
+    if isinstance(dim, int):
+        return dim
+
+    def value(node: ast.expr) -> int:
+        match node:
+            case ast.Constant(value=int(number)):
+                return number
+            case ast.Name(id=name):
+                return sizes.get(name, 1)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+                return _ARITHMETIC[type(op)](value(left), value(right))
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -value(operand)
+            case ast.Call(func=ast.Name(id=name), args=arguments) if name in _FUNCTIONS:
+                return _FUNCTIONS[name](*map(value, arguments))
+        raise BuildError(f"echo can't read the dimension `{dim}`", hint="set `reference = true` in its row")
+
+    return value(ast.parse(dim, mode="eval").body)
+
+
+BACKEND = Echo()

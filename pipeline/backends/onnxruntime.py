@@ -1,0 +1,190 @@
+"""Backend `onnxruntime`: a graph that ONNX Runtime has optimised ahead of time.
+
+Options of a row:
+    optimization: ``basic``, ``extended`` (default; serves any CPU) or ``all``, which lays convolutions out for
+        the vectors of the CPU that builds it, and so needs the hardware of the row.
+    format: ``onnx`` (default), or ``ort``, the flatbuffer that small mobile runtimes read.
+    threads: threads that run one operator; 0 (default) takes every core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import JsonValue
+
+from pipeline import host, targets
+from pipeline.backends import checked
+from pipeline.errors import BuildError, UsageError, unknown
+from pipeline.types import Runner, Scheme, Target
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from pipeline.store import Stored
+    from pipeline.types import Tensors
+
+LEVELS = {"basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
+FORMATS = {"onnx": "model.onnx", "ort": "model.ort"}
+PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+ERRORS_ONLY = 3
+
+# Above this, weights go into a file beside the graph: a protobuf message ends at 2 GiB.
+INLINE_BYTES = 1_900_000_000
+
+# What decides which kernels and layouts ONNX Runtime chooses on a CPU.
+DECIDING_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
+
+
+class OnnxRuntime:
+    """See `pipeline.types.Backend`. Its engine is ``model.onnx`` (with ``model.onnx.data``) or ``model.ort``."""
+
+    name = "onnxruntime"
+    option_names = frozenset({"optimization", "format", "threads"})
+    schemes: frozenset[Scheme] = frozenset({"fp32", "fp16", "int8-dynamic", "int8-u8s8", "int8-s8s8", "int8-u8u8"})
+
+    def source(self, target: Target) -> Literal["onnx", "program"]:  # noqa: ARG002
+        """It takes the ONNX graph."""
+        return "onnx"
+
+    def missing(self, target: Target) -> str | None:
+        """The package, or for ``optimization = "all"`` the row's own hardware."""
+        if not host.has_module("onnxruntime"):
+            return "the package `onnxruntime` is not installed"
+        reason = targets.unfit(target)
+        if target.options.get("optimization") == "all" and reason is not None:
+            return f'{reason} (optimization = "all" is for the CPU that builds it; "extended" builds anywhere)'
+        return None
+
+    def not_runnable(self, target: Target) -> str | None:
+        """The package, or the row's own hardware."""
+        if not host.has_module("onnxruntime"):
+            return "the package `onnxruntime` is not installed"
+        return targets.unfit(target)
+
+    def tools(self, target: Target) -> Mapping[str, str]:
+        """The runtime's version; at level ``all`` also the features of this CPU."""
+        found = host.versions(PACKAGES)
+        if target.options.get("optimization") == "all":
+            features = [feature for feature in DECIDING_FEATURES if feature in host.cpu_features()]
+            found["cpu"] = " ".join([host.machine(), *features])
+        return found
+
+    def build(self, model: Stored, target: Target, out: Path) -> Mapping[str, JsonValue]:
+        """Optimise the graph and save it.
+
+        Raises:
+            UsageError: an option has a value that doesn't exist.
+            BuildError: an operator has no kernel, or the graph is wrong.
+        """
+        import onnxruntime
+
+        from pipeline.origin import of_error
+        from pipeline.ort_format import make_canonical
+
+        level, file = _choice(target, "optimization", "extended", LEVELS), _choice(target, "format", "onnx", FORMATS)
+        options = _options(target)
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        options.optimized_model_filepath = str(out / file)
+        # packed weights are for running; they'd cost a copy of every weight here and aren't saved
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        # Arm kernels take signed 8-bit Q/DQ as it is; on x86 it is turned into unsigned, which is faster there
+        arm = target.machine in ("aarch64", "armv7l")
+        options.add_session_config_entry("session.qdqisint8allowed", "1" if arm else "0")
+        options.add_session_config_entry("session.save_model_format", "ORT" if file == "model.ort" else "ONNX")
+        if model.size_bytes > INLINE_BYTES:
+            _keep_weights_beside(options, model, file)
+        source = model.file("model.onnx")
+        try:
+            _session(source, options)
+        except Exception as error:  # its own exceptions share no class but Exception
+            raise BuildError(
+                f"onnxruntime can't build `{target.name}`: {_plain(error)}{of_error(source, str(error))}",
+                hint="change that part of the model, or leave out the target in the recipe's `targets`",
+            ) from error
+        if file == "model.ort":
+            make_canonical(out / file)
+        return {"optimization": level.removeprefix("ORT_ENABLE_").lower()}
+
+    @contextlib.contextmanager
+    def load(self, engine: Stored, target: Target) -> Iterator[Runner]:
+        """A session on the CPU provider.
+
+        Raises:
+            BuildError: the file is broken, or this version of ONNX Runtime can't read it.
+        """
+        import onnxruntime
+
+        options = _options(target)
+        levels = onnxruntime.GraphOptimizationLevel
+        # a graph laid out for this CPU is finished; a portable one gets its layout here
+        done = target.options.get("optimization") == "all"
+        options.graph_optimization_level = levels.ORT_DISABLE_ALL if done else levels.ORT_ENABLE_ALL
+        path = engine.file(_choice(target, "format", "onnx", FORMATS))
+        signature = engine.signature()
+        try:
+            session = _session(path, options)
+        except Exception as error:  # as above
+            raise BuildError(
+                f"onnxruntime can't load the engine `{path}`: {_plain(error)}",
+                hint="`exportyard export` builds it again",
+            ) from error
+        outputs = [spec.name for spec in signature.outputs]
+
+        def run(feeds: Tensors) -> dict[str, NDArray[Any]]:
+            # copies: an output that is a constant of the graph shares the session's memory
+            found = session.run(outputs, dict(feeds))
+            return {name: array.copy() for name, array in zip(outputs, found, strict=True)}
+
+        yield checked(run, signature)
+
+
+def _choice(target: Target, option: str, default: str, choices: Mapping[str, str]) -> str:
+    value = str(target.options.get(option, default))
+    if value not in choices:
+        raise unknown(f"value of `{option}`", value, choices, where=f"target `{target.name}`")
+    return choices[value]
+
+
+def _options(target: Target) -> Any:
+    import onnxruntime
+
+    threads = target.options.get("threads", 0)
+    if not isinstance(threads, int) or threads < 0:
+        raise UsageError(f"target `{target.name}`: threads = {threads!r}", hint="expected a whole number; 0 is all")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.intra_op_num_threads = threads or host.cpu_count()
+    return options
+
+
+def _session(path: Path, options: Any) -> Any:
+    import onnxruntime
+
+    # `disable_fallback`: a failed session isn't tried again by other means, which would only blur the error
+    return onnxruntime.InferenceSession(
+        str(path), sess_options=options, providers=["CPUExecutionProvider"], disable_fallback=True
+    )
+
+
+def _keep_weights_beside(options: Any, model: Stored, file: str) -> None:
+    if file == "model.ort":
+        raise BuildError(
+            f"{model.size_bytes:,} bytes are too many for one `.ort` file (2 GiB at most)",
+            hint='use `format = "onnx"`, which keeps large weights in a file of their own',
+        )
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{file}.data")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+
+
+def _plain(error: Exception) -> str:
+    """The runtime's message on one line, without its ``[ONNXRuntimeError] : 9 :``."""
+    text = " ".join(str(error).split())
+    return text.rpartition("[ONNXRuntimeError] : ")[2].partition(" : ")[2][:400] or text[:400]
+
+
+BACKEND = OnnxRuntime()

@@ -1,0 +1,63 @@
+"""Where in the user's model a node of an ONNX graph comes from, for messages that a user can act on."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+TRACE = "pkg.torch.onnx.stack_trace"
+_WORD = re.compile(r"[\w./:-]+")
+_LINE = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def of_error(path: Path, message: str) -> str:
+    """What is known about the first node that a runtime's `message` names, as `` (operator ..., in ...)``, or ``""``.
+
+    Args:
+        path: the graph that the runtime was given.
+        message: its error text; a node is found by its name, or else by its operator.
+    """
+    import onnx
+
+    try:
+        nodes = onnx.load(path, load_external_data=False).graph.node
+    except Exception:  # the message is about a file that nothing can read
+        return ""
+    words = [word.strip(".:,") for word in _WORD.findall(message)]
+    names = {node.name: node for node in nodes if node.name}
+    operators: dict[str, NodeProto] = {}
+    for node in nodes:
+        operators.setdefault(node.op_type, node)
+    for known in (names, operators):
+        found = next((known[word] for word in words if word in known), None)
+        if found is not None:
+            return f" (operator `{found.op_type}`, {of_node(found)})"
+    return ""
+
+
+def of_node(node: NodeProto) -> str:
+    """The module of the user's model that `node` was exported from, and its source line where that is known."""
+    notes = {entry.key: entry.value for entry in node.metadata_props}
+    parts = [f"node `{node.name}`"] if node.name else []
+    module = _module(notes.get(SCOPES, ""))
+    if module:
+        parts.append(f"in module `{module}`")
+    lines = _LINE.findall(notes.get(TRACE, ""))
+    if lines:
+        parts.append(f"at {lines[-1][0]}:{lines[-1][1]}")
+    return ", ".join(parts) or "a node without a name"
+
+
+def _module(scopes: str) -> str:
+    """The innermost module path in the exporter's list: the last entry is the operation itself."""
+    try:
+        found = ast.literal_eval(scopes)
+    except (SyntaxError, ValueError):
+        return ""
+    return str(found[-2]) if isinstance(found, list) and len(found) > 1 else ""

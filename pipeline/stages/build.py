@@ -1,0 +1,57 @@
+"""Stage build: an ONNX graph or a program becomes the engine of one target."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from pipeline import backends, targets
+from pipeline.errors import BuildError, ExportyardError, UnavailableError, UsageError, last_line
+from pipeline.store import Stored
+from pipeline.types import Scheme, Target
+
+SIGNATURE = "signature.json"
+
+
+def build(model: Stored, target: Target, scheme: Scheme, out: Path) -> Mapping[str, JsonValue]:
+    """Let the target's backend write the engine into `out`, with the model's ``signature.json`` beside it.
+
+    Args:
+        model: what the backend's `source` asks for: the ONNX graph in the form `scheme`, or the program.
+
+    Raises:
+        UsageError: the backend or an option doesn't exist, or the backend can't carry `scheme`.
+        UnavailableError: this host can't build the target.
+        BuildError: the backend failed, or wrote nothing.
+    """
+    backend = backends.find(target.backend)
+    targets.check_options(target, backend.option_names)
+    if scheme not in backend.schemes:
+        raise UsageError(
+            f"backend `{target.backend}` can't carry scheme `{scheme}` (target `{target.name}`)",
+            hint=f"it carries {', '.join(f'`{one}`' for one in sorted(backend.schemes))}",
+        )
+    reason = backend.missing(target)
+    if reason is not None:
+        raise UnavailableError(
+            f"`{target.name}` can't be built on this host: {reason}",
+            hint="`exportyard doctor` says what to install",
+        )
+    try:
+        facts = backend.build(model, target, out)
+    except (ExportyardError, OSError, MemoryError):
+        raise  # OSError: a full disk is the store's to explain
+    except Exception as error:  # whatever a library throws, the user sees one line of it
+        raise BuildError(
+            f"backend `{target.backend}` failed on `{target.name}` ({scheme}): {last_line(error)}",
+            hint="leave the target out in the recipe's `targets`, or report it to the authors of the backend",
+        ) from error
+    if not any(path.is_file() for path in out.rglob("*")):
+        raise BuildError(
+            f"backend `{target.backend}` wrote nothing for `{target.name}`", hint="this is a bug of the backend"
+        )
+    shutil.copyfile(model.file(SIGNATURE), out / SIGNATURE)
+    return facts

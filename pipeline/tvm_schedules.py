@@ -1,0 +1,324 @@
+"""Schedules for TVM on a CPU, by rule and without tuning.
+
+Relax lowers a model to loop nests that run as they are written: one element at a time, on one core, seconds for a
+ResNet-50. Two rules cure that:
+
+- *contraction*: a matrix product or a convolution (channels last) is cut into tiles whose results stay in vector
+  registers. The column axis is vectorised, rows are unrolled, tiles run in parallel, the operations behind it are
+  done tile by tile, and constant weights are laid out in the order in which the tiles read them.
+- *plain*: everything else is inlined where it can be, runs its outer loops in parallel and vectorises the inner one.
+
+A nest that fits neither rule stays as it is: slow, and right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.s_tir import meta_schedule
+
+SCHEDULED = "tirx.is_scheduled"
+LARGEST_VECTORISED = 64  # a loop of constant length up to this becomes vector code as a whole
+LONG = 4096  # a single loop of this length is worth several cores
+
+
+@dataclass(frozen=True)
+class Registers:
+    """The vector registers of a CPU.
+
+    Attributes:
+        lanes: float32 values in one.
+        accumulators: how many may hold results, while others hold operands.
+        columns: vectors side by side in one tile.
+    """
+
+    lanes: int
+    accumulators: int
+    columns: int = 2
+
+
+class _DoesNotFit(Exception):  # noqa: N818  not an error: the next rule is tried
+    """The rule is not for this loop nest."""
+
+
+def scheduled(registers: Registers) -> Any:
+    """A pass over an IRModule that schedules every loop nest that no one has scheduled before."""
+
+    def run(module: tvm.IRModule, _context: object) -> tvm.IRModule:
+        for variable, function in list(module.functions.items()):
+            if isinstance(function, tirx.PrimFunc) and not (function.attrs and SCHEDULED in function.attrs):
+                found = _schedule(function, registers)
+                if found is not None:
+                    module.update_func(variable, found)
+        return module
+
+    return tvm.transform.module_pass(run, opt_level=0, name="ScheduleForCpu")
+
+
+def _schedule(function: tirx.PrimFunc, registers: Registers) -> tirx.PrimFunc | None:
+    for rule in (_contraction, _plain):
+        schedule = s_tir.Schedule(tvm.IRModule({"main": function}))
+        # a rule may find halfway that a primitive refuses this nest; its half-made schedule is thrown away
+        with contextlib.suppress(_DoesNotFit, s_tir.ScheduleError, tvm.error.InternalError):
+            rule(schedule, registers)
+            return schedule.mod["main"].with_attr(SCHEDULED, True)
+    return None
+
+
+# --- what a nest looks like ----------------------------------------------------------------------------------------
+
+
+def _blocks(schedule: Any) -> list[Any]:
+    return list(schedule.get_child_blocks(schedule.get_sblock("root")))
+
+
+def _reduces(schedule: Any, block: Any) -> bool:
+    return any(axis.iter_type != tirx.IterVar.DataPar for axis in schedule.get(block).iter_vars)
+
+
+def _extent(schedule: Any, loop: Any) -> int | None:
+    """Length of a loop; None where it depends on a dynamic axis."""
+    extent = schedule.get(loop).extent
+    return int(extent) if isinstance(extent, tirx.IntImm) else None
+
+
+def _reducing(schedule: Any) -> Any:
+    """The one block that reduces."""
+    found = [block for block in _blocks(schedule) if _reduces(schedule, block)]
+    if len(found) != 1:
+        raise _DoesNotFit
+    return found[0]
+
+
+def _split_axes(schedule: Any, block: Any) -> tuple[list[Any], list[Any]]:
+    """The block's loops: those over its result, and those over what it sums."""
+    loops, axes = schedule.get_loops(block), schedule.get(block).iter_vars
+    if len(loops) != len(axes):
+        raise _DoesNotFit
+    kinds = [axis.iter_type == tirx.IterVar.DataPar for axis in axes]
+    spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind]
+    return spatial, [loop for loop, kind in zip(loops, kinds, strict=True) if not kind]
+
+
+def _inline(schedule: Any, keep: frozenset[str] = frozenset()) -> None:
+    """Fold elementwise blocks into their readers, then into their makers, as far as that goes."""
+
+    def fold(how: Callable[[Any], None], candidates: Callable[[], Iterator[Any]]) -> None:
+        progress = True
+        while progress:
+            progress = False
+            for block in candidates():
+                with contextlib.suppress(s_tir.ScheduleError):
+                    how(block)
+                    progress = True
+                    break
+
+    def elementwise() -> Iterator[Any]:
+        for block in _blocks(schedule):
+            if schedule.get(block).name_hint not in keep and not _reduces(schedule, block):
+                yield block
+
+    def behind_one_elementwise() -> Iterator[Any]:
+        for block in elementwise():
+            makers = schedule.get_producers(block)
+            if len(makers) == 1 and not _reduces(schedule, makers[0]):
+                yield block
+
+    fold(schedule.compute_inline, elementwise)
+    fold(schedule.reverse_compute_inline, behind_one_elementwise)
+
+
+# --- contractions --------------------------------------------------------------------------------------------------
+
+
+def _contraction(schedule: Any, registers: Registers) -> None:
+    block = _reducing(schedule)
+    if len(schedule.get(block).reads) != 2:
+        raise _DoesNotFit
+    # padding stays a block of its own: inlined, it would test the border at every multiplication
+    padding = frozenset(
+        schedule.get(maker).name_hint
+        for maker in schedule.get_producers(block)
+        if "if_then_else" in str(schedule.get(maker).body)
+    )
+    _inline(schedule, padding)
+    block = _reducing(schedule)
+    _require_unit_stride(schedule, block)
+    spatial, _ = _split_axes(schedule, block)
+    width = _tile_width(_extent(schedule, spatial[-1]), registers)
+    row = _row_axis(schedule, spatial)
+    height = _tile_height(schedule, spatial, row, width, registers)
+    unknown_rows = row is not None and _extent(schedule, spatial[row]) is None
+    if unknown_rows or _extent(schedule, spatial[-1]) is None:
+        block = _pad(schedule, block, row, height, width)
+    _tile(schedule, block, row, height, width, registers)
+    if schedule.mod["main"].attrs and "layout_free_buffers" in schedule.mod["main"].attrs:
+        meta_schedule.postproc.RewriteLayout().apply(schedule)
+
+
+def _require_unit_stride(schedule: Any, block: Any) -> None:
+    """The result's last axis must run along the last dimension of the second operand."""
+    found = schedule.get(block)
+    if len(found.reads) != 2 or len(schedule.get_consumers(block)) > 1:
+        raise _DoesNotFit
+    spatial = [axis for axis in found.iter_vars if axis.iter_type == tirx.IterVar.DataPar]
+    last = found.reads[1].region[-1].min
+    if not spatial or len(spatial) == len(found.iter_vars):
+        raise _DoesNotFit
+    if not (isinstance(last, tirx.Var) and last.same_as(spatial[-1].var)):
+        raise _DoesNotFit
+
+
+def _tile_width(extent: int | None, registers: Registers) -> int:
+    """Columns of a tile: whole vectors if the result has them, else the widest divisor."""
+    widest = registers.lanes * registers.columns
+    if extent is None:
+        return widest
+    for width in (widest, registers.lanes, registers.lanes // 2):
+        if extent % width == 0:
+            return width
+    if extent <= widest:
+        return extent
+    return next((width for width in range(widest, 7, -1) if extent % width == 0), widest)
+
+
+def _row_axis(schedule: Any, spatial: list[Any]) -> int | None:
+    """Which axis gives the rows of a tile: the innermost before the columns that isn't 1."""
+    for place in range(len(spatial) - 2, -1, -1):
+        if _extent(schedule, spatial[place]) != 1:
+            return place
+    return None
+
+
+def _tile_height(schedule: Any, spatial: list[Any], row: int | None, width: int, registers: Registers) -> int:
+    """Rows of a tile: as many as the registers hold, and a divisor of the axis where that is known."""
+    vectors = -(-width // registers.lanes)
+    most = max(1, min(16, registers.accumulators // vectors))
+    if row is None:
+        return 1
+    extent = _extent(schedule, spatial[row])
+    return most if extent is None else max(height for height in range(1, most + 1) if extent % height == 0)
+
+
+def _pad(schedule: Any, block: Any, row: int | None, height: int, width: int) -> Any:
+    """Round dynamic axes up to whole tiles; what is too much is cut off again behind the product."""
+    spatial, _ = _split_axes(schedule, block)
+    amounts = [1] * len(schedule.get(block).iter_vars)
+    if row is not None and _extent(schedule, spatial[row]) is None:
+        amounts[row] = height
+    if _extent(schedule, spatial[-1]) is None:
+        amounts[len(spatial) - 1] = width
+    schedule.pad_einsum(block, amounts)
+    block = _reducing(schedule)
+    cut = schedule.get_consumers(block)
+    if len(cut) == 1 and schedule.get_consumers(cut[0]):
+        schedule.compute_inline(cut[0])
+    return block
+
+
+def _tile(schedule: Any, block: Any, row: int | None, height: int, width: int, registers: Registers) -> None:
+    spatial, summed = _split_axes(schedule, block)
+    makers = schedule.get_producers(block)
+    columns, column = schedule.split(spatial[-1], [None, width])
+    outer, rows = [loop for place, loop in enumerate(spatial[:-1]) if place != row], []
+    if row is not None:
+        tiles, one = schedule.split(spatial[row], [None, height])
+        outer.append(tiles)
+        rows.append(one)
+    # columns outermost: a panel of weights is read once and stays in the cache while all rows pass by
+    tiles_in_order = [columns, *outer]
+    schedule.reorder(*tiles_in_order, *summed, *rows, column)
+
+    after = schedule.get_consumers(block)
+    finish = after[0] if after else schedule.cache_write(block, 0, "global")
+    schedule.reverse_compute_at(finish, tiles_in_order[-1], preserve_unit_loops=True)
+
+    if width > registers.lanes and width % registers.lanes == 0:
+        vectors, column = schedule.split(column, [None, registers.lanes])
+        schedule.unroll(vectors)
+    schedule.vectorize(column)
+    for loop in rows:
+        schedule.unroll(loop)
+    _vectorise(schedule, schedule.get_loops(finish)[-1], registers)
+    for maker in makers:
+        loops = schedule.get_loops(maker)
+        if len(loops) >= 3:
+            schedule.parallel(schedule.fuse(*loops[:-1]))
+            _vectorise(schedule, loops[-1], registers)
+    schedule.parallel(schedule.fuse(*tiles_in_order) if len(tiles_in_order) > 1 else tiles_in_order[0])
+    schedule.decompose_reduction(block, summed[0])
+
+
+# --- everything else -----------------------------------------------------------------------------------------------
+
+
+def _plain(schedule: Any, registers: Registers) -> None:
+    _inline(schedule)
+    for block in _blocks(schedule):
+        if not schedule.get_loops(block):
+            continue
+        if _reduces(schedule, block):
+            _plain_reduction(schedule, block)
+        else:
+            _plain_map(schedule, block, registers)
+
+
+def _plain_map(schedule: Any, block: Any, registers: Registers) -> None:
+    loops = schedule.get_loops(block)
+    extent = _extent(schedule, loops[-1])
+    if len(loops) > 1:
+        outer = schedule.fuse(*loops[:-1])
+        if _extent(schedule, outer) != 1:
+            schedule.parallel(outer)
+    rest = _vectorise(schedule, loops[-1], registers)
+    if len(loops) == 1 and rest is not None and extent is not None and extent >= LONG:
+        schedule.parallel(rest)
+
+
+def _plain_reduction(schedule: Any, block: Any) -> None:
+    spatial, summed = _split_axes(schedule, block)
+    if not spatial:
+        return
+    outer = spatial
+    if _reads_along(schedule, block):
+        inner, outer = spatial[-1], spatial[:-1]
+        extent = _extent(schedule, inner)
+        width = next((width for width in (64, 32, 16, 8, 4) if extent and extent % width == 0), None)
+        if width is not None:
+            tiles, inner = schedule.split(inner, [None, width])
+            outer = [*outer, tiles]
+        schedule.reorder(*outer, *summed, inner)
+        if width is not None:
+            schedule.vectorize(inner)
+        schedule.decompose_reduction(block, summed[0])
+    if outer:
+        schedule.parallel(schedule.fuse(*outer) if len(outer) > 1 else outer[0])
+
+
+def _reads_along(schedule: Any, block: Any) -> bool:
+    """Whether the first operand is contiguous along an axis of the result, so that results fill a vector."""
+    found = schedule.get(block)
+    if not found.reads or not found.reads[0].region:
+        return False
+    last = found.reads[0].region[-1].min
+    spatial = [axis.var for axis in found.iter_vars if axis.iter_type == tirx.IterVar.DataPar]
+    return isinstance(last, tirx.Var) and any(last.same_as(variable) for variable in spatial)
+
+
+def _vectorise(schedule: Any, loop: Any, registers: Registers) -> Any | None:
+    """Turn an inner loop into vector code; the loop over its vectors, where there is one."""
+    extent = _extent(schedule, loop)
+    if extent is None or extent == 1:
+        return None
+    if extent % registers.lanes == 0 and extent > registers.lanes:
+        rest, vector = schedule.split(loop, [None, registers.lanes])
+        schedule.vectorize(vector)
+        return rest
+    if extent <= LARGEST_VECTORISED:
+        schedule.vectorize(loop)
+    return None
