@@ -125,26 +125,25 @@ def _upstream(job: Job) -> list[State[Any]]:
         state = _step(step.replace("/", " "), partial(_make, step, make), done[-1:])
         _raise_if_failed(state)
         done.append(state)
-    forms = [
-        scheme for target in job.targets if job.missing(target) is None for scheme in target.schemes if scheme != "fp32"
-    ]
     # a form that can't be made is no reason to stop: its targets may have others
-    return [done[-1], *(_step(f"onnx {form}", _form(job, form), done[-1:]) for form in dict.fromkeys(forms))]
+    others = [
+        _step(step.replace("/", " "), partial(_make, step, make), done[-1:]) for step, make in _forms(job).items()
+    ]
+    return [done[-1], *others]
+
+
+def _forms(job: Job) -> dict[str, Callable[[], Made]]:
+    """Steps that make the numeric forms, beside fp32, that some target of this host wants."""
+    found: dict[str, Callable[[], Made]] = {}
+    for target in job.targets:
+        if job.missing(target) is None:
+            for scheme in target.schemes:
+                found |= dict(job.graph_steps(scheme))
+    return found
 
 
 def _make(step: str, make: Callable[[], Made], watch: Watcher) -> None:
     run.timed(step, make, watch)
-
-
-def _form(job: Job, scheme: Scheme) -> Work:
-    def work(watch: Watcher) -> str | None:
-        reason = job.left_out(scheme)
-        made = job.made.get(f"onnx/{scheme}")
-        if made is not None:
-            watch(f"onnx/{scheme}", made.state, 0.0)
-        return reason
-
-    return work
 
 
 @dataclass
@@ -266,12 +265,18 @@ def _told(job: Job, outcome: Outcome) -> str:
 
 
 class _States:
-    """A watcher that remembers what the steps of one task run ended in, and logs those that did something."""
+    """A watcher that remembers what the steps of one task run ended in, and logs those that did something.
 
-    def __init__(self) -> None:
+    Steps of other stages, which a stage asks for first, have had task runs of their own.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
         self.found: list[str] = []
 
     def __call__(self, step: str, state: str, seconds: float, /) -> None:
+        if step.partition("/")[0] != self.stage:
+            return
         self.found.append(state)
         if state != "cached":
             log.info("%s %s (%.1f s)", step, state, seconds)
@@ -279,9 +284,9 @@ class _States:
 
 # own staleness, hence no cache of Prefect's; nothing is persisted, and if it were, then not as pickle
 @task(cache_policy=NO_CACHE, persist_result=False, result_serializer="json")
-def _stage(work: Work) -> State[Any]:
+def _stage(stage: str, work: Work) -> State[Any]:
     """Do `work` and end in a state that says what it was: Cached, Rebuilt, Completed, or Failed with the reason."""
-    states = _States()
+    states = _States(stage)
     try:
         note = work(states)
     except ExportyardError as error:
@@ -301,8 +306,9 @@ def _skipped(reason: str) -> State[Any]:
 
 def _step(title: str, work: Work, after: Sequence[State[Any]] = ()) -> State[Any]:
     """Run `work` as a task run called `title`, such as ``engine linux-x86_64-tvm``."""
-    named = _stage.with_options(name=title.split()[0], task_run_name=title)
-    state: State[Any] = named(work, return_state=True, wait_for=list(after))
+    stage = title.split()[0]
+    named = _stage.with_options(name=stage, task_run_name=title)
+    state: State[Any] = named(stage, work, return_state=True, wait_for=list(after))
     return state
 
 
