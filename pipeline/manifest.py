@@ -117,8 +117,9 @@ class Manifest(Frozen):
     golden: Golden
 
     def text(self) -> str:
-        """This as it is written: indented, with sorted keys and a final newline."""
-        return json.dumps(self.plain(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        """This as it is written: indented, with sorted keys, without what is None, and with a final newline."""
+        plain = json.loads(self.model_dump_json(exclude_none=True))
+        return json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
     def files(self, targets: Collection[str] | None = None) -> list[ReleaseFile]:
         """Every file that the manifest describes; with `targets`, the golden vectors and those targets' files.

@@ -24,9 +24,9 @@ def train(path: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build()
-        inputs, labels = (torch.from_numpy(array) for array in points(2000, seed=0))
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-        for _ in range(300):
+        inputs, labels = (torch.from_numpy(array) for array in points(1000, seed=0))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        for _ in range(600):
             loss = torch.nn.functional.cross_entropy(model(inputs), labels)
             optimizer.zero_grad()
             loss.backward()
