@@ -24,7 +24,7 @@ def pin(model: ir.Model, signature: Signature, symbols: Mapping[str, str], root:
 
     Args:
         symbols: axis name for each symbol of the program (``s43``), for all dimensions in the graph.
-        root: folder of the recipes; source paths become relative to it.
+        root: the workspace; source paths become relative to it.
     """
     _own_outputs(model.graph)
     _clean(model, root)

@@ -119,8 +119,12 @@ def without_paths(trace: str, root: Path) -> str:
 
 
 def short_path(path: str, root: Path) -> str:
-    """`path` relative to the workspace's recipes or to where packages are installed; else its last part."""
-    for base in (root.parent, *(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib"))):
+    """`path` relative to the workspace or to where packages are installed; else its last part."""
+    if not Path(path).is_absolute():
+        return path
+    # packages come first, since an environment may lie inside the workspace
+    packages = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")]
+    for base in (*packages, Path(__file__).parents[1], root):
         with contextlib.suppress(ValueError):
             return Path(path).relative_to(base).as_posix()
     return Path(path).name

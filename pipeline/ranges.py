@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from pipeline import program as programs
+from pipeline import recipes
 from pipeline.errors import CaptureError
 from pipeline.types import Axis, Recipe
 
@@ -228,7 +229,7 @@ class Lines:
 def user_line(frames: list[traceback.FrameSummary], root: Path) -> str | None:
     """``file:line: code`` of the innermost frame in the workspace, else of the innermost one outside torch and us."""
     ours = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
-    inside = [frame for frame in frames if Path(frame.filename).is_relative_to(root)]
+    inside = [frame for frame in frames if recipes.is_users(frame.filename, root)]
     outside = [frame for frame in frames if not frame.filename.startswith((*ours, "<")) and "forward" in frame.name]
     for frame in (*inside[::-1], *outside[::-1]):
         return f"{frame.filename}:{frame.lineno}: {frame.line}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
+import sysconfig
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,8 @@ from pipeline.errors import ExportyardError, RecipeError, unknown
 from pipeline.types import Recipe
 
 _import_lock = threading.RLock()
+# an environment may lie inside the workspace, and exportyard's own clone is one
+_NOT_USERS = (Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib")), Path(__file__).parent)
 
 
 def read(folder: Path, name: str, known: Iterable[str]) -> Recipe:
@@ -179,7 +182,7 @@ def fault(recipe: Recipe, what: str, error: BaseException) -> RecipeError:
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{error.filename}:{error.lineno}"
     else:
-        mine = [frame for frame in frames if Path(frame.filename).is_relative_to(recipe.root)]
+        mine = [frame for frame in frames if is_users(frame.filename, recipe.root)]
         frame = mine[-1] if mine else (frames[-1] if frames else None)
         where = f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown place"
     first = (str(error).strip().splitlines() or [""])[0]
@@ -187,6 +190,12 @@ def fault(recipe: Recipe, what: str, error: BaseException) -> RecipeError:
         f"recipe `{recipe.name}`: {what}: {type(error).__name__}: {first}\n  at {where}",
         hint="correct the code there; it runs outside exportyard too, so a debugger can be used on it",
     )
+
+
+def is_users(file: str, root: Path) -> bool:
+    """Whether a source file is the user's own: in the workspace, and neither an installed package nor exportyard."""
+    path = Path(file)
+    return path.is_relative_to(root) and not any(path.is_relative_to(place) for place in _NOT_USERS)
 
 
 def _use_code_of(recipe: Recipe) -> None:

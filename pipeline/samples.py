@@ -194,9 +194,10 @@ def _read_file(path: Path, where: str) -> dict[str, Array]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
+            # numpy leaves the file open when it is damaged; and one .npy in it is no dict of arrays (TypeError)
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
         raise DataError(
             f"{where}: `{path}` is damaged or not a {path.suffix} file: {error}",
             hint="write it again, for example with `numpy.savez(path, **arrays)`",

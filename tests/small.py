@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zlib
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def by_name(name: str) -> Entry:
 
 def recipe_of(entry: Entry, **changes: object) -> Recipe:
     """The recipe that describes `entry`; its code is tests/models.py itself."""
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     table: dict[str, object] = {
         "name": entry.name.lower(),
         "checkpoint": "model.safetensors",
@@ -58,19 +59,24 @@ def checkpoint(path: Path, entry: Entry) -> Stored:
 def stored_file(path: Path, state: object, name: str = "model.pt") -> Stored:
     """An artifact of kind checkpoint whose one file is `state`: bytes as they are, anything else through torch.save."""
 
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = state if isinstance(state, bytes) else buffer.getvalue()
+
     def work(out: Path) -> dict:
-        if isinstance(state, bytes):
-            (out / name).write_bytes(state)
-        else:
-            torch.save(state, out / name)
+        (out / name).write_bytes(content)
         return {}
 
-    return make(path, Key("checkpoint", {"seed": digest.of_bytes(str(path).encode())}), work).stored
+    return make(path, Key("checkpoint", {name: digest.of_bytes(content)}), work).stored
 
 
 def captured(path: Path, recipe: Recipe, weights: Stored) -> Stored:
     """The program artifact of `recipe`."""
-    return make(path, Key("program"), lambda out: capture(recipe, weights, out)).stored
+    return make(
+        path,
+        Key("program", {"checkpoint": weights.digest, "recipe": recipe.name}),
+        lambda out: capture(recipe, weights, out),
+    ).stored
 
 
 def converted(path: Path, recipe: Recipe, program: Stored) -> Stored:

@@ -36,7 +36,7 @@ def capture(recipe: Recipe, checkpoint: Stored, out: Path) -> dict[str, JsonValu
         traced = ranges.trace_sizes(recipe)
         reference = [Answer.of(recipe, model, sizes) for sizes in ranges.check_sizes(recipe, traced)]
         flat = Flat(model, [spec.name for spec in recipe.outputs], copies=any(one.changed for one in reference))
-        flat.train(model.training)
+        flat.training = model.training  # not .train(): the module of a saved program refuses it
         program, mode = _trace(recipe, flat, traced)
         try:
             _check(recipe, program, model, reference, {})

@@ -213,3 +213,10 @@ def test_a_fault_in_the_users_code_is_shown_by_file_and_line(tmp_path: Path, cod
     write(tmp_path, "net", model=code)
     with pytest.raises(RecipeError, match=message):
         recipes.call(read(tmp_path, "net"), "model:build", "factory")
+
+
+def test_an_environment_inside_the_workspace_is_not_the_users_code():
+    workspace = Path(pytest.__file__).parents[4]
+    assert not recipes.is_users(pytest.__file__, workspace)
+    assert not recipes.is_users(recipes.__file__, Path(recipes.__file__).parents[1])
+    assert recipes.is_users(__file__, Path(__file__).parents[2])
