@@ -19,6 +19,7 @@ from pipeline.store import Stored, write_json
 from pipeline.types import LatencyReport, LatencyRow, Recipe, Reporter, Scheme, Target, Timing
 
 BUDGET_S = 2.0  # of measuring, for each combination of sizes
+BURST_S = 0.01  # a turn of a fast runner
 MOST_ROUNDS = 200
 LEAST_ROUNDS = 5
 
@@ -66,25 +67,39 @@ def timed_sizes(recipe: Recipe) -> list[dict[str, int]]:
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each call in each round, the calls taking turns; warmed up, and as many rounds as time allows."""
-    costs: dict[str, float] = {}
+    """Seconds of one call of each runner in each round, the runners taking turns; as many rounds as time allows.
+
+    A turn of a fast runner is a burst of calls after one that isn't counted: the threads of the runner before it spin
+    for a while longer, and would be measured, too.
+    """
+    bursts: dict[str, int] = {}
+    costs = 0.0
     for name, call in calls.items():
         call()
         begun = time.perf_counter()
         call()
-        costs[name] = time.perf_counter() - begun
-    wanted = int(BUDGET_S / max(sum(costs.values()), 1e-6))
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, wanted))
+        cost = time.perf_counter() - begun
+        bursts[name] = max(1, min(100, int(BURST_S / max(cost, 1e-6))))
+        costs += cost * (bursts[name] + 1)
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(BUDGET_S / max(costs, 1e-6))))
     found: dict[str, list[float]] = {name: [] for name in calls}
     late = time.perf_counter() + 2 * BUDGET_S  # a busy machine is slower than it was while warming up
     for done in range(rounds):
         if done >= LEAST_ROUNDS and time.perf_counter() > late:
             break
         for name, call in calls.items():
-            begun = time.perf_counter()
-            call()
-            found[name].append(time.perf_counter() - begun)
+            found[name].append(_turn(call, bursts[name]))
     return found
+
+
+def _turn(call: Callable[[], object], burst: int) -> float:
+    """Seconds a call, over a burst."""
+    if burst > 1:
+        call()
+    begun = time.perf_counter()
+    for _ in range(burst):
+        call()
+    return (time.perf_counter() - begun) / burst
 
 
 def _row(sizes: Mapping[str, int], seconds: Mapping[str, list[float]]) -> LatencyRow:
