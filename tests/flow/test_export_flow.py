@@ -181,7 +181,7 @@ def test_the_documented_commands_do_the_whole_job(
     prefect(env, bench.root, "deploy", "--all")
     log = tmp_path / "worker.log"
     # the worker stands elsewhere: the deployment, not its folder, says where the workspace is
-    with server.child(["prefect", "worker", "start", "--pool", "cpu"], env, log, cwd=tmp_path):
+    with server.child(["prefect", "worker", "start", "--pool", "cpu", "--limit", "1"], env, log, cwd=tmp_path):
         prefect(env, bench.root, "deployment", "run", "export/all", "-p", "recipe=tiny", "--watch")
         assert bench.tags() == ["tiny@v1.0.0"]
         prefect(env, bench.root, "deployment", "run", "export/all", "-p", "recipe=tinny", "--watch", code=1)
