@@ -29,7 +29,7 @@ def of_error(path: Path, message: str) -> str:
         nodes = onnx.load(path, load_external_data=False).graph.node
     except Exception:  # the message is about a file that nothing can read
         return ""
-    words = [word.strip(".:,") for word in _WORD.findall(message)]
+    words = [part for word in _WORD.findall(message) for part in (word.strip(".:,"), *word.split(":"))]
     names = {node.name: node for node in nodes if node.name}
     operators: dict[str, NodeProto] = {}
     for node in nodes:

@@ -284,8 +284,8 @@ def _plain_reduction(schedule: Any, block: Any) -> None:
     spatial, summed = _split_axes(schedule, block)
     if not spatial:
         return
-    outer = spatial
-    if _reads_along(schedule, block):
+    outer, along = spatial, _reads_along(schedule, block)
+    if along:
         inner, outer = spatial[-1], spatial[:-1]
         extent = _extent(schedule, inner)
         width = next((width for width in (64, 32, 16, 8, 4) if extent and extent % width == 0), None)
@@ -295,9 +295,10 @@ def _plain_reduction(schedule: Any, block: Any) -> None:
         schedule.reorder(*outer, *summed, inner)
         if width is not None:
             schedule.vectorize(inner)
-        schedule.decompose_reduction(block, summed[0])
     if outer:
         schedule.parallel(schedule.fuse(*outer) if len(outer) > 1 else outer[0])
+    if along:  # last: afterwards the block no longer counts as a reduction, and nothing more can be done to it
+        schedule.decompose_reduction(block, summed[0])
 
 
 def _reads_along(schedule: Any, block: Any) -> bool:

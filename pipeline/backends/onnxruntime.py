@@ -111,7 +111,7 @@ class OnnxRuntime:
         return {"optimization": level.removeprefix("ORT_ENABLE_").lower()}
 
     @contextlib.contextmanager
-    def load(self, engine: Stored, target: Target) -> Iterator[Runner]:
+    def load(self, engine: Stored, target: Target, threads: int | None = None) -> Iterator[Runner]:
         """A session on the CPU provider.
 
         Raises:
@@ -119,7 +119,7 @@ class OnnxRuntime:
         """
         import onnxruntime
 
-        options = _options(target)
+        options = _options(target, threads)
         levels = onnxruntime.GraphOptimizationLevel
         # a graph laid out for this CPU is finished; a portable one gets its layout here
         done = target.options.get("optimization") == "all"
@@ -136,9 +136,7 @@ class OnnxRuntime:
         outputs = [spec.name for spec in signature.outputs]
 
         def run(feeds: Tensors) -> dict[str, NDArray[Any]]:
-            # copies: an output that is a constant of the graph shares the session's memory
-            found = session.run(outputs, dict(feeds))
-            return {name: array.copy() for name, array in zip(outputs, found, strict=True)}
+            return dict(zip(outputs, session.run(outputs, dict(feeds)), strict=True))
 
         yield checked(run, signature)
 
@@ -150,15 +148,15 @@ def _choice(target: Target, option: str, default: str, choices: Mapping[str, str
     return choices[value]
 
 
-def _options(target: Target) -> Any:
+def _options(target: Target, threads: int | None = None) -> Any:
     import onnxruntime
 
-    threads = target.options.get("threads", 0)
-    if not isinstance(threads, int) or threads < 0:
-        raise UsageError(f"target `{target.name}`: threads = {threads!r}", hint="expected a whole number; 0 is all")
+    own = target.options.get("threads", 0)
+    if not isinstance(own, int) or own < 0:
+        raise UsageError(f"target `{target.name}`: threads = {own!r}", hint="expected a whole number; 0 is all")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
-    options.intra_op_num_threads = threads or host.cpu_count()
+    options.intra_op_num_threads = threads or own or host.cpu_count()
     return options
 
 
