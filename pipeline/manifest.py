@@ -53,6 +53,7 @@ class LatencyLine(Frozen):
     """Wall time of one call at one combination of axis sizes; `versus_eager` is how many times faster the engine is."""
 
     sizes: Mapping[str, int]
+    threads: int
     eager: Timing
     engine: Timing
     versus_eager: float
@@ -62,7 +63,6 @@ class Latency(Frozen):
     """How fast the engine is, and on what that was measured."""
 
     cpu: str
-    threads: int
     rows: tuple[LatencyLine, ...]
 
 

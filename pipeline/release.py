@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +18,8 @@ from pipeline.job import STATIC_SCHEMES, Job
 from pipeline.manifest import Manifest
 from pipeline.record import Step, step_name
 from pipeline.store import Key, Made
-from pipeline.types import Chosen, Scheme, Target
 from pipeline.tags import Bump
+from pipeline.types import Chosen, Scheme, Target
 
 if TYPE_CHECKING:
     from pipeline.run import Verdict
@@ -50,16 +53,34 @@ def publish(job: Job, verdicts: Sequence[Verdict], bump: Bump = "patch", *, allo
                 hint="`git add` and `git commit` first, or `--allow-dirty` to release it all the same",
             )
         existing = registry.versions(root, recipe)
-        for release in existing[:1]:
+        for release in [release for release in existing if not release.withdrawn][:1]:
             if release.manifest is not None and _content(release.manifest) == _planned_content(job, chosen):
                 path = root / registry.copy_of_manifest(recipe)
                 return Published(str(release.version), release.tag, path, fresh=False)
         version = str(tags.next_version([release.version for release in existing], bump))
-        made = _lay_out(job, chosen, skipped, version, git.head(root), dirty=bool(dirty))
-        path = made.stored.file(manifest.FILE)
-        message = "\n".join(f"{item.target.name}: {item.scheme}" for item in chosen)
-        done = record.record(turn, steps(job, chosen), recipe, path.read_text(), version, message)
+        with _kept(job.folder / "release"):
+            made = _lay_out(job, chosen, skipped, version, git.head(root), dirty=bool(dirty))
+            path = made.stored.file(manifest.FILE)
+            message = "\n".join(f"{item.target.name}: {item.scheme}" for item in chosen)
+            done = record.record(turn, steps(job, chosen), recipe, path.read_text(), version, message)
         return Published(version, done.tag, path, fresh=True)
+
+
+@contextlib.contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """If what follows fails, `folder` is again what it was: the last release, which dvc.lock still names."""
+    kept = folder.with_name(f".{folder.name}.kept")
+    shutil.rmtree(kept, ignore_errors=True)
+    if folder.exists():
+        shutil.copytree(folder, kept, copy_function=os.link)  # links: both are only ever replaced whole
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if kept.exists():
+            kept.rename(folder)
+        raise
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 def _chosen(verdicts: Sequence[Verdict]) -> list[Chosen]:

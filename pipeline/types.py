@@ -33,7 +33,8 @@ RangeMethod = Literal["minmax", "entropy", "percentile", "mse"]
 Sizes = Mapping[str, int]
 """One size for each axis: ``{"batch": 8, "seq": 128}``."""
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+# what a git tag, a DVC stage and a file name all take
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_-]*[a-z0-9])?$")]
 Dim = int | str
 
 
@@ -343,11 +344,13 @@ class LatencyRow(Frozen):
     """All runners at one combination of axis sizes, measured turn by turn in one run.
 
     Attributes:
+        threads: how many threads each of them had.
         versus_fp32: for each scheme, the median over rounds of fp32's time over its own in the same round.
         versus_eager: likewise against eager PyTorch.
     """
 
     sizes: Mapping[str, int]
+    threads: int
     eager: Timing
     engines: Mapping[Scheme, Timing]
     versus_eager: Mapping[Scheme, float]
@@ -360,7 +363,6 @@ class LatencyReport(Frozen):
     recipe: str
     target: str
     cpu: str
-    threads: int
     rows: tuple[LatencyRow, ...]
 
 
@@ -408,8 +410,13 @@ class Backend(Protocol):
         """
         ...
 
-    def load(self, engine: Stored, target: Target) -> AbstractContextManager[Runner]:
+    def load(self, engine: Stored, target: Target, threads: int | None = None) -> AbstractContextManager[Runner]:
         """The engine, ready to run; freed when the context ends.
+
+        Args:
+            engine: what `build` wrote.
+            target: its row.
+            threads: that run one operator; None leaves it to the row.
 
         Raises:
             BuildError: the engine's files are broken or made by another version.

@@ -70,7 +70,7 @@ def manifest_of(files: dict[str, Any], version: str, recipe: str = "toy") -> Man
             tools={},
             files=tuple(fact(file) for file in sorted(files) if file.startswith(f"engines/{name}/")),
             parity=ParitySummary(sizes=1, vs_onnx=(exact,), vs_eager=(exact,), metric=metric),
-            latency=Latency(cpu="a cpu", threads=1, rows=()),
+            latency=Latency(cpu="a cpu", rows=()),
             golden={"y": Tolerance(max_abs=0)},
         )
         for name in TARGETS

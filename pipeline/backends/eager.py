@@ -55,8 +55,8 @@ class Eager:
         return {}
 
     @contextlib.contextmanager
-    def load(self, engine: Stored, target: Target) -> Iterator[Runner]:  # noqa: ARG002
-        """The program under `torch.inference_mode`, with as many threads as torch is set to.
+    def load(self, engine: Stored, target: Target, threads: int | None = None) -> Iterator[Runner]:  # noqa: ARG002
+        """The program under `torch.inference_mode`, with as many threads as torch is set to unless told.
 
         Raises:
             BuildError: the file is broken.
@@ -81,7 +81,12 @@ class Eager:
                 spec.name: value.detach().numpy().copy() for spec, value in zip(signature.outputs, found, strict=True)
             }
 
-        yield checked(run, signature)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try:
+            yield checked(run, signature)
+        finally:
+            torch.set_num_threads(before)
 
 
 BACKEND = Eager()

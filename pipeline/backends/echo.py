@@ -83,7 +83,7 @@ class Echo:
         return {}
 
     @contextlib.contextmanager
-    def load(self, engine: Stored, target: Target) -> Iterator[Runner]:
+    def load(self, engine: Stored, target: Target, threads: int | None = None) -> Iterator[Runner]:  # noqa: ARG002
         """Zeros, or the answers of `onnx.reference`.
 
         Raises:

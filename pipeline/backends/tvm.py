@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import shutil
 import subprocess
 import threading
@@ -127,13 +128,15 @@ class Tvm:
         return {"cpu": cpu}
 
     @contextlib.contextmanager
-    def load(self, engine: Stored, target: Target) -> Iterator[Runner]:
+    def load(self, engine: Stored, target: Target, threads: int | None = None) -> Iterator[Runner]:
         """Relax's virtual machine over the library.
 
         Raises:
             BuildError: the file is broken, or was built by another version of TVM.
         """
         _check(target)
+        # before its thread pool starts: it would pin this process's main thread to one core, for good
+        os.environ.setdefault("TVM_BIND_THREADS", "0")
         import tvm
         from tvm import relax
 
@@ -145,9 +148,9 @@ class Tvm:
             raise BuildError(
                 f"tvm can't load the engine `{path}`: {_plain(error)}", hint="`exportyard export` builds it again"
             ) from error
-        threads = int(target.options.get("threads", 0)) or host.cpu_count()
+        own = int(target.options.get("threads", 0))
         any_core = 1
-        tvm.get_global_func("runtime.config_threadpool")(any_core, threads)
+        tvm.get_global_func("runtime.config_threadpool")(any_core, threads or own or host.cpu_count())
 
         def run(feeds: Tensors) -> dict[str, NDArray[Any]]:
             found = main(*(tvm.runtime.tensor(feeds[spec.name]) for spec in signature.inputs))

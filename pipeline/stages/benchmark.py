@@ -10,6 +10,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -18,7 +19,7 @@ from pipeline import backends, host, reference, samples
 from pipeline.store import Stored, write_json
 from pipeline.types import LatencyReport, LatencyRow, Recipe, Reporter, Scheme, Target, Timing
 
-BUDGET_S = 2.0  # of measuring, for each combination of sizes
+BUDGET_S = 1.0  # of measuring, for each combination of sizes and threads
 BURST_S = 0.01  # a turn of a fast runner
 MOST_ROUNDS = 200
 LEAST_ROUNDS = 5
@@ -32,28 +33,33 @@ def benchmark(
     out: Path,
     report: Reporter,
 ) -> dict[str, JsonValue]:
-    """Time `engines` and eager PyTorch at batch 1 and at every axis's opt; write ``latency.json``.
+    """Time `engines` and eager PyTorch at batch 1 and at every axis's opt, on one core and on all of them.
+
+    Writes ``latency.json``.
 
     Raises:
         BuildError: an engine can't be loaded.
     """
-    threads = host.cpu_count()
-    combinations = timed_sizes(recipe)
-    with contextlib.ExitStack() as stack:
-        runners = {"eager": stack.enter_context(reference.eager(program, threads))}
-        for scheme, engine in engines.items():
-            runners[scheme] = stack.enter_context(backends.find(target.backend).load(engine, target))
-        rows = []
-        for done, sizes in enumerate(combinations):
-            report(done, len(combinations), f"latency {target.name} at {dict(sizes)}")
-            feeds = samples.feeds(recipe, sizes, seed=1)
-            calls = {name: (lambda run=run, feeds=feeds: run(feeds)) for name, run in runners.items()}
-            rows.append(_row(sizes, interleaved(calls)))
-    found = LatencyReport(
-        recipe=recipe.name, target=target.name, cpu=host.cpu_name(), threads=threads, rows=tuple(rows)
-    )
+    rows: list[LatencyRow] = []
+    steps = [(threads, sizes) for threads in timed_threads() for sizes in timed_sizes(recipe)]
+    for threads in timed_threads():
+        with contextlib.ExitStack() as stack:
+            runners = {"eager": stack.enter_context(reference.eager(program, threads))}
+            for scheme, engine in engines.items():
+                runners[scheme] = stack.enter_context(backends.find(target.backend).load(engine, target, threads))
+            for sizes in timed_sizes(recipe):
+                report(len(rows), len(steps), f"latency {target.name} at {dict(sizes)}, {threads} threads")
+                feeds = samples.feeds(recipe, sizes, seed=1)
+                calls = {name: partial(run, feeds) for name, run in runners.items()}
+                rows.append(_row(sizes, threads, interleaved(calls)))
+    found = LatencyReport(recipe=recipe.name, target=target.name, cpu=host.cpu_name(), rows=tuple(rows))
     write_json(out / "latency.json", found.plain())
-    return {"threads": threads}
+    return {"rows": len(rows)}
+
+
+def timed_threads() -> list[int]:
+    """One thread, which two runs agree about best, and every core."""
+    return sorted({1, host.cpu_count()})
 
 
 def timed_sizes(recipe: Recipe) -> list[dict[str, int]]:
@@ -102,10 +108,11 @@ def _turn(call: Callable[[], object], burst: int) -> float:
     return (time.perf_counter() - begun) / burst
 
 
-def _row(sizes: Mapping[str, int], seconds: Mapping[str, list[float]]) -> LatencyRow:
+def _row(sizes: Mapping[str, int], threads: int, seconds: Mapping[str, list[float]]) -> LatencyRow:
     schemes: list[Scheme] = [name for name in seconds if name != "eager"]  # type: ignore[misc]  # the rest are schemes
     return LatencyRow(
         sizes=sizes,
+        threads=threads,
         eager=_timing(seconds["eager"]),
         engines={scheme: _timing(seconds[scheme]) for scheme in schemes},
         versus_eager={scheme: _ratio(seconds["eager"], seconds[scheme]) for scheme in schemes},

@@ -237,10 +237,11 @@ def _latency(item: Chosen) -> Latency:
     rows = tuple(
         LatencyLine(
             sizes=row.sizes,
+            threads=row.threads,
             eager=row.eager,
             engine=row.engines[item.scheme],
             versus_eager=row.versus_eager[item.scheme],
         )
         for row in item.latency.rows
     )
-    return Latency(cpu=item.latency.cpu, threads=item.latency.threads, rows=rows)
+    return Latency(cpu=item.latency.cpu, rows=rows)

@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong: exit code, at most ten lines, the value at fault, a hint, and nothing made before lost."""
+"""Whatever a user gets wrong: exit code, at most ten lines, the value at fault, a hint, and nothing lost."""
 
 import re
 from pathlib import Path

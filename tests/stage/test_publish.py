@@ -37,7 +37,7 @@ def chosen(job):
     far = near.model_copy(update={"max_abs": 1e-5, "sqnr_db": 100})
     metric = MetricResult(name="agreement", eager=1, engine=1, drop=0, budget=0.05, samples=32)
     timing = Timing(median_ms=1, p25_ms=1, p75_ms=1, repeats=5)
-    row = LatencyRow(sizes={"batch": 2}, eager=timing, engines={"fp32": timing}, versus_eager={"fp32": 1.5})
+    row = LatencyRow(sizes={"batch": 2}, threads=1, eager=timing, engines={"fp32": timing}, versus_eager={"fp32": 1.5})
     target = job.targets[0]
     return Chosen(
         target=target,
@@ -54,7 +54,7 @@ def chosen(job):
             metric=metric,
             passed=True,
         ),
-        latency=LatencyReport(recipe="tiny", target=target.name, cpu="a cpu", threads=1, rows=(row,)),
+        latency=LatencyReport(recipe="tiny", target=target.name, cpu="a cpu", rows=(row,)),
         reason="the row's only form",
     )
 

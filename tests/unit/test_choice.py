@@ -20,11 +20,23 @@ def parity(scheme, passed=True):
     return ParityReport(recipe="m", target="t", scheme=scheme, sizes=(), metric=metric, passed=passed, reasons=reasons)
 
 
-def latency(**versus):
+TIMING = Timing(median_ms=1, p25_ms=1, p75_ms=1, repeats=5)
+
+
+def row(**versus):
     named = {name.replace("_", "-"): value for name, value in versus.items()}
-    timing = Timing(median_ms=1, p25_ms=1, p75_ms=1, repeats=5)
-    row = LatencyRow(sizes={}, eager=timing, engines=dict.fromkeys(named, timing), versus_eager=named)
-    return LatencyReport(recipe="m", target="t", cpu="c", threads=1, rows=(row,))
+    return LatencyRow(
+        sizes={},
+        threads=1,
+        eager=TIMING,
+        engines=dict.fromkeys(named, TIMING),
+        versus_eager=named,
+        versus_fp32={name: value / named["fp32"] for name, value in named.items()},
+    )
+
+
+def latency(**versus):
+    return LatencyReport(recipe="m", target="t", cpu="c", rows=(row(**versus),))
 
 
 def all_of(*schemes):
@@ -39,6 +51,11 @@ def test_the_fastest_within_budget_wins():
 def test_int8_that_is_no_faster_than_fp32_does_not_ship():
     found = choose(TARGET, all_of("int8-u8s8", "fp32"), latency(int8_u8s8=2.02, fp32=2), {})
     assert found == ("fp32", "fastest within budget: int8-u8s8 runs at 1.01x of its speed")
+
+
+def test_int8_that_is_slower_at_one_size_does_not_ship():
+    found = LatencyReport(recipe="m", target="t", cpu="c", rows=(row(int8_u8s8=4, fp32=1), row(int8_u8s8=0.9, fp32=1)))
+    assert choose(TARGET, all_of("int8-u8s8", "fp32"), found, {})[0] == "fp32"
 
 
 def test_a_form_outside_the_budget_never_ships_and_is_named():
