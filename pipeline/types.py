@@ -27,7 +27,9 @@ Scheme = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8-u8s8", "int8-s8s8
 """A numeric form of the ONNX graph; for static INT8 activations come first, weights second."""
 
 DType = Literal["float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
-Kind = Literal["checkpoint", "data", "program", "onnx", "statistics", "engine", "parity", "latency", "release"]
+Kind = Literal[
+    "checkpoint", "data", "program", "onnx", "statistics", "engine", "parity", "audit", "latency", "release"
+]
 OutputKind = Literal["logits", "probabilities", "embedding", "scores", "indices", "boxes", "other"]
 RangeMethod = Literal["minmax", "entropy", "percentile", "mse"]
 Sizes = Mapping[str, int]
@@ -165,10 +167,12 @@ class Budget(Frozen):
     Attributes:
         drop: how far the evaluation metric may fall (absolute, in the metric's unit).
         vs_eager: bounds on every output against eager fp32, on the evaluation data.
+        min_int8_share: least share of an INT8 engine's compute that must run in INT8; see `Audit`.
     """
 
     drop: float = Field(ge=0)
     vs_eager: Tolerance | None = None
+    min_int8_share: float | None = Field(default=None, ge=0, le=1)
 
 
 class Recipe(Frozen):
@@ -329,6 +333,44 @@ class ParityReport(Frozen):
     metric: MetricResult
     passed: bool
     reasons: tuple[str, ...] = ()
+
+
+class AuditRow(Frozen):
+    """One operator of the ONNX graph that does compute, and what became of it in the engine.
+
+    Attributes:
+        node: its name in the graph that the engine was built from.
+        module: path of the PyTorch module that it came from; empty where the graph doesn't say.
+        operator: of the engine; one that holds several nodes appears with each of them.
+        runs_in: what its products are made of.
+        macs: multiply-accumulates of one call, all axes at their opt sizes.
+        fell_back: the graph wanted it in INT8, and the engine runs it in something else.
+    """
+
+    node: str
+    module: str
+    operator: str
+    runs_in: Literal["int8", "fp16", "bf16", "fp32", "fp64"]
+    macs: int
+    fell_back: bool = False
+
+
+class Audit(Frozen):
+    """``audit.json``: what an engine really runs in INT8, read from its optimised graph.
+
+    Attributes:
+        sizes: of the axes.
+        rows: in the engine's order.
+        int8_share: share of all multiply-accumulates that run in INT8; None where it wasn't audited.
+        not_audited: why not.
+    """
+
+    target: str
+    scheme: Scheme
+    sizes: Mapping[str, int] = {}
+    rows: tuple[AuditRow, ...] = ()
+    int8_share: float | None = None
+    not_audited: str | None = None
 
 
 class Timing(Frozen):
