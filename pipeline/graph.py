@@ -92,6 +92,26 @@ def infer(
         model: is left alone; its weights aren't copied, so that it may be of any size.
         shapes: of the inputs. Without them, a dynamic dimension counts as one element.
     """
+    types: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for value in inferred(model, shapes):
+        found = value.type.tensor_type
+        types[value.name] = found.elem_type
+        if found.HasField("shape"):
+            count = int(np.prod([max(dim.dim_value, 1) for dim in found.shape.dim], dtype=np.int64))
+            sizes[value.name] = count * helper.tensor_dtype_to_np_dtype(found.elem_type).itemsize
+    return types, sizes
+
+
+def inferred(
+    model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]] | None = None
+) -> Iterator[onnx.ValueInfoProto]:
+    """What shape inference finds out about the tensors that nodes make; those of unknown type are left out.
+
+    Args:
+        model: as for `infer`.
+        shapes: of the inputs, where they are known.
+    """
     bare = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     bare.graph.name = "shapes"
     bare.graph.node.extend(model.graph.node)
@@ -110,18 +130,8 @@ def infer(
         else:
             bare.graph.initializer.append(tensor)
     bare.graph.output.extend(onnx.ValueInfoProto(name=value.name) for value in model.graph.output)
-    inferred = shape_inference.infer_shapes(bare, data_prop=True)
-    types: dict[str, int] = {}
-    sizes: dict[str, int] = {}
-    for value in (*inferred.graph.value_info, *inferred.graph.output):
-        found = value.type.tensor_type
-        if not found.elem_type:
-            continue
-        types[value.name] = found.elem_type
-        if found.HasField("shape"):
-            count = int(np.prod([max(dim.dim_value, 1) for dim in found.shape.dim], dtype=np.int64))
-            sizes[value.name] = count * helper.tensor_dtype_to_np_dtype(found.elem_type).itemsize
-    return types, sizes
+    known_now = shape_inference.infer_shapes(bare, data_prop=True).graph
+    yield from (value for value in (*known_now.value_info, *known_now.output) if value.type.tensor_type.elem_type)
 
 
 def drop_unused(model: onnx.ModelProto) -> None:

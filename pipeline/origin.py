@@ -45,7 +45,7 @@ def of_node(node: NodeProto) -> str:
     """The module of the user's model that `node` was exported from, and its source line where that is known."""
     notes = {entry.key: entry.value for entry in node.metadata_props}
     parts = [f"node `{node.name}`"] if node.name else []
-    module = _module(notes.get(SCOPES, ""))
+    module = module_of(node)
     if module:
         parts.append(f"in module `{module}`")
     lines = _LINE.findall(notes.get(TRACE, ""))
@@ -54,10 +54,15 @@ def of_node(node: NodeProto) -> str:
     return ", ".join(parts) or "a node without a name"
 
 
-def _module(scopes: str) -> str:
-    """The innermost module path in the exporter's list: the last entry is the operation itself."""
+def module_of(node: NodeProto) -> str:
+    """Path of the user's module that `node` was exported from, as ``named_modules`` spells it; ``""`` if unknown."""
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
     try:
         found = ast.literal_eval(scopes)
     except (SyntaxError, ValueError):
         return ""
-    return str(found[-2]) if isinstance(found, list) and len(found) > 1 else ""
+    if not isinstance(found, list) or len(found) < 2:
+        return ""
+    # the last entry is the operation itself, and capture's wrapper holds the user's module as `model`
+    path = str(found[-2])
+    return path.removeprefix("model").removeprefix(".") if found[1] == "model" else path
