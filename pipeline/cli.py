@@ -110,10 +110,11 @@ def targets(root: Folder = HERE, as_json: AsJson = False) -> None:
     lines = []
     for name, row in rows.items():
         verdict = "[green]builds here[/]"
-        if state[name] is not None:
-            verdict = f"[yellow]not here:[/] {escape(state[name])}"
-        elif running[name] is not None:
-            verdict = f"[yellow]builds here, not run:[/] {escape(running[name])}"
+        missing, stopped = state[name], running[name]
+        if missing is not None:
+            verdict = f"[yellow]not here:[/] {escape(missing)}"
+        elif stopped is not None:
+            verdict = f"[yellow]builds here, not run:[/] {escape(stopped)}"
         lines.append([name, row.backend, ", ".join(row.schemes), verdict, escape(row.summary)])
     console.table(["target", "backend", "schemes", "this host", "summary"], lines)
 

@@ -27,9 +27,7 @@ Scheme = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8-u8s8", "int8-s8s8
 """A numeric form of the ONNX graph; for static INT8 activations come first, weights second."""
 
 DType = Literal["float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
-Kind = Literal[
-    "checkpoint", "data", "program", "onnx", "statistics", "engine", "parity", "audit", "latency", "release"
-]
+Kind = Literal["checkpoint", "data", "program", "onnx", "statistics", "engine", "parity", "audit", "latency", "release"]
 OutputKind = Literal["logits", "probabilities", "embedding", "scores", "indices", "boxes", "other"]
 RangeMethod = Literal["minmax", "entropy", "percentile", "mse"]
 Sizes = Mapping[str, int]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
-from pipeline.errors import BuildError, UsageError, nearest, unknown
-from pipeline.types import Backend, Runner, Signature, TensorSpec
+from pipeline.errors import BuildError, ExportyardError, UsageError, last_line, nearest, unknown
+from pipeline.types import Backend, Runner, Signature, Target, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pipeline.store import Stored
     from pipeline.types import Tensors
 
 GROUP = "exportyard.backends"
@@ -50,6 +52,26 @@ def find(name: str) -> Backend:
             hint=f"repair or uninstall `{owner}`; `python -c 'import {entry.module}'` shows the whole error",
         ) from error
     return backend
+
+
+@contextlib.contextmanager
+def loaded(engine: Stored, target: Target, threads: int | None = None) -> Iterator[Runner]:
+    """The engine, ready to run; see `Backend.load`. Whatever a plug-in's `load` raises, a caller meets `BuildError`.
+
+    Raises:
+        BuildError, UnavailableError: it can't be loaded.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            run = stack.enter_context(find(target.backend).load(engine, target, threads))
+        except ExportyardError:
+            raise
+        except Exception as error:
+            raise BuildError(
+                f"backend `{target.backend}` can't load `{engine.path}`: {type(error).__name__}: {last_line(error)}",
+                hint="`exportyard export` builds it again; if that does not help, it is a fault of the backend",
+            ) from error
+        yield run
 
 
 def checked(run: Runner, signature: Signature) -> Runner:

@@ -83,19 +83,18 @@ class OnnxRuntime:
         """
         import onnxruntime
 
+        from pipeline import ort_format, ort_names
         from pipeline.origin import of_error
-        from pipeline.ort_format import make_canonical
 
         level, file = _choice(target, "optimization", "extended", LEVELS), _choice(target, "format", "onnx", FORMATS)
         options = _options(target)
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-        options.optimized_model_filepath = str(out / file)
+        options.optimized_model_filepath = str(out / "model.onnx")
         # packed weights are for running; they'd cost a copy of every weight here and aren't saved
         options.add_session_config_entry("session.disable_prepacking", "1")
         # Arm kernels take signed 8-bit Q/DQ as it is; on x86 it is turned into unsigned, which is faster there
         arm = target.machine in ("aarch64", "armv7l")
         options.add_session_config_entry("session.qdqisint8allowed", "1" if arm else "0")
-        options.add_session_config_entry("session.save_model_format", "ORT" if file == "model.ort" else "ONNX")
         if model.size_bytes > INLINE_BYTES:
             _keep_weights_beside(options, model, file)
         source = model.file("model.onnx")
@@ -106,8 +105,10 @@ class OnnxRuntime:
                 f"onnxruntime can't build `{target.name}`: {_plain(error)}{of_error(source, str(error))}",
                 hint="change that part of the model, or leave out the target in the recipe's `targets`",
             ) from error
+        ort_names.make_canonical(out / "model.onnx", source)
         if file == "model.ort":
-            make_canonical(out / file)
+            _convert(out / "model.onnx", out / file, options)
+            ort_format.make_canonical(out / file)
         return {"optimization": level.removeprefix("ORT_ENABLE_").lower()}
 
     @contextlib.contextmanager
@@ -167,6 +168,17 @@ def _session(path: Path, options: Any) -> Any:
     return onnxruntime.InferenceSession(
         str(path), sess_options=options, providers=["CPUExecutionProvider"], disable_fallback=True
     )
+
+
+def _convert(optimised: Path, path: Path, options: Any) -> None:
+    """Write the optimised graph as a flatbuffer, and remove it."""
+    import onnxruntime
+
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.optimized_model_filepath = str(path)
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    _session(optimised, options)
+    optimised.unlink()
 
 
 def _keep_weights_beside(options: Any, model: Stored, file: str) -> None:

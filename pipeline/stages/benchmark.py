@@ -46,7 +46,7 @@ def benchmark(
         with contextlib.ExitStack() as stack:
             runners = {"eager": stack.enter_context(reference.eager(program, threads))}
             for scheme, engine in engines.items():
-                runners[scheme] = stack.enter_context(backends.find(target.backend).load(engine, target, threads))
+                runners[scheme] = stack.enter_context(backends.loaded(engine, target, threads))
             for sizes in timed_sizes(recipe):
                 report(len(rows), len(steps), f"latency {target.name} at {dict(sizes)}, {threads} threads")
                 feeds = samples.feeds(recipe, sizes, seed=1)

@@ -51,7 +51,7 @@ def parity(
     kinds = {spec.name: spec.kind for spec in recipe.outputs}
     combinations = samples.combinations(recipe)
     steps = len(combinations) + 1
-    with backends.find(target.backend).load(engine, target) as run:
+    with backends.loaded(engine, target) as run:
         sizes = []
         for done, combination in enumerate(combinations):
             report(done, steps, f"parity {target.name} {scheme} at {_spell(combination)}")

@@ -167,11 +167,10 @@ def _measured(
     item: Chosen, feeds: Mapping[str, Mapping[str, Array]], expected: Mapping[str, Mapping[str, Array]]
 ) -> Iterable[tuple[Distance, ...]]:
     """Distances of the engine from the golden outputs, case by case; none where this host can't run it."""
-    backend = backends.find(item.target.backend)
-    if backend.not_runnable(item.target) is not None:
+    if backends.find(item.target.backend).not_runnable(item.target) is not None:
         return []
     kinds = {spec.name: spec.kind for spec in item.engine.signature().outputs}
-    with backend.load(item.engine, item.target) as run:
+    with backends.loaded(item.engine, item.target) as run:
         return [compare.distances(expected[case], _run(run, arrays), kinds) for case, arrays in feeds.items()]
 
 

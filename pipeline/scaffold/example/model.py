@@ -1,5 +1,6 @@
 """A model of two layers, its training and its data. Put your own in place of it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +35,14 @@ def train(path: Path) -> None:
     save_file(model.state_dict(), path)
 
 
-def calibration():
+def calibration() -> Iterator[dict[str, np.ndarray]]:
     """Feeds by input name."""
     inputs, _ = points(256, seed=1)
     for start in range(0, 256, 8):
         yield {"points": inputs[start : start + 8]}
 
 
-def evaluation():
+def evaluation() -> Iterator[dict[str, np.ndarray]]:
     """Feeds, and the labels that the metric compares with; points that the training never saw."""
     inputs, labels = points(512, seed=2)
     for start in range(0, 512, 64):
