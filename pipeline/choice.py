@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from pipeline.types import LatencyReport, ParityReport, Scheme, Target
+from pipeline.types import Audit, LatencyReport, ParityReport, Scheme, Target
 
 MARGIN = 1.03  # a form must beat fp32 by more than two runs of one engine differ by
 NOISE = 0.97  # and may nowhere be slower than fp32 by more than that
@@ -37,31 +37,58 @@ def choose(
     if not passed:
         return None, "; ".join(notes)
     if latency is None or len(passed) == 1:
-        rest = f"; {'; '.join(notes)}" if notes else ""
         why = "the only form that passed" if len(target.schemes) > 1 else "the row's only form"
-        return passed[0], f"{why}{rest}"
-    ratios = {scheme: speed(latency, scheme) for scheme in passed}
-    paying = [scheme for scheme in passed if "fp32" not in passed or pays(latency, scheme)]
-    fastest = max(paying, key=lambda scheme: ratios[scheme])
-    others = [_against(scheme, ratios[scheme] / ratios[fastest]) for scheme in passed if scheme != fastest]
-    return fastest, "; ".join([f"fastest within budget: {', '.join(others)}", *notes])
+        return passed[0], "; ".join([why, *notes])
+    dear = {scheme: reason for scheme in passed if (reason := unpaid(latency, scheme)) is not None}
+    paying = [scheme for scheme in passed if scheme not in dear]
+    fastest = max(paying, key=lambda scheme: speed(latency, scheme))
+    others = [
+        f"{dear.get(scheme) or _against(speed(latency, scheme) / speed(latency, fastest))}"
+        for scheme in passed
+        if scheme != fastest
+    ]
+    told = [f"{scheme} {text}" for scheme, text in zip((one for one in passed if one != fastest), others, strict=True)]
+    return fastest, "; ".join(["fastest form within budget", *told, *notes])
 
 
-def pays(latency: LatencyReport, scheme: Scheme) -> bool:
-    """Whether a form is worth having beside fp32, by the ratios paired within each round."""
-    if scheme == "fp32":
-        return True
-    ratios = [row.versus_fp32[scheme] for row in latency.rows]
-    return _mean(ratios) >= MARGIN and min(ratios) >= NOISE
+def _against(ratio: float) -> str:
+    return f"has {ratio:.2f}x of its speed"
 
 
-def _against(scheme: Scheme, ratio: float) -> str:
-    return f"{scheme} runs at {ratio:.2f}x of its speed"
+def too_little_int8(audit: Audit, least: float | None) -> str | None:
+    """Why an INT8 form doesn't run enough of its compute in INT8, or None; `least` is what the recipe asks for."""
+    if least is None or not audit.scheme.startswith("int8"):
+        return None
+    if audit.int8_share is None:
+        return f"can't be shown to run {least:.1%} of its compute in INT8: {audit.not_audited}"
+    if audit.int8_share < least:
+        return f"runs {audit.int8_share:.1%} of its compute in INT8, the recipe asks for {least:.1%}"
+    return None
+
+
+def unpaid(latency: LatencyReport, scheme: Scheme) -> str | None:
+    """Why a form isn't worth having beside fp32, or None if it is (or if there is no fp32 to compare with).
+
+    It must be faster overall by more than the margin, and nowhere slower beyond doubt, which is when three quarters
+    of the rounds say so.
+    """
+    rows = [row for row in latency.rows if scheme in row.versus_fp32]
+    if scheme == "fp32" or not rows:
+        return None
+    overall = _mean([row.versus_fp32[scheme].median for row in rows])
+    if overall < MARGIN:
+        return f"is not faster than fp32 ({overall:.2f}x)"
+    for row in rows:
+        if row.versus_fp32[scheme].p75 < NOISE:
+            sizes = " ".join(f"{name}={size}" for name, size in row.sizes.items())
+            where = ", ".join(part for part in (sizes, f"{row.threads} thread{'s' * (row.threads > 1)}") if part)
+            return f"is slower than fp32 at {where} ({row.versus_fp32[scheme].median:.2f}x)"
+    return None
 
 
 def speed(latency: LatencyReport, scheme: Scheme) -> float:
-    """Speed relative to eager PyTorch: the geometric mean over all measured sizes."""
-    return _mean([row.versus_eager[scheme] for row in latency.rows])
+    """Speed relative to eager PyTorch: the geometric mean over all measured sizes and thread counts."""
+    return _mean([row.versus_eager[scheme].median for row in latency.rows])
 
 
 def _mean(ratios: Sequence[float]) -> float:

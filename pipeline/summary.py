@@ -51,7 +51,7 @@ def row(verdict: Verdict) -> list[str]:
         decibels(worst_sqnr_db(verdict.parity.sizes)),
         f"{metric.engine:.4f} ({metric.engine - metric.eager:+.4f})",
         f"{first.engines[verdict.scheme].median_ms:.3g} ms",
-        f"{speed(verdict.latency, verdict.scheme):.2f}x",
+        f"{first.versus_eager[verdict.scheme].median:.2f}x",
         told,
     ]
 

@@ -380,21 +380,29 @@ class Timing(Frozen):
     repeats: int
 
 
+class Ratio(Frozen):
+    """How many times faster one runner is than another: quartiles of the ratios paired within each round."""
+
+    median: float
+    p25: float
+    p75: float
+
+
 class LatencyRow(Frozen):
     """All runners at one combination of axis sizes, measured turn by turn in one run.
 
     Attributes:
         threads: how many threads each of them had.
-        versus_fp32: for each scheme, the median over rounds of fp32's time over its own in the same round.
-        versus_eager: likewise against eager PyTorch.
+        versus_eager: for each scheme, eager PyTorch's time over its own in the same round.
+        versus_fp32: likewise against the target's fp32 form; empty if that isn't among the candidates.
     """
 
     sizes: Mapping[str, int]
     threads: int
     eager: Timing
     engines: Mapping[Scheme, Timing]
-    versus_eager: Mapping[Scheme, float]
-    versus_fp32: Mapping[Scheme, float] = {}
+    versus_eager: Mapping[Scheme, Ratio]
+    versus_fp32: Mapping[Scheme, Ratio] = {}
 
 
 class LatencyReport(Frozen):

@@ -17,7 +17,7 @@ from pydantic import JsonValue
 
 from pipeline import backends, host, reference, samples
 from pipeline.store import Stored, write_json
-from pipeline.types import LatencyReport, LatencyRow, Recipe, Reporter, Scheme, Target, Timing
+from pipeline.types import LatencyReport, LatencyRow, Ratio, Recipe, Reporter, Scheme, Target, Timing
 
 BUDGET_S = 1.0  # of measuring, for each combination of sizes and threads
 BURST_S = 0.01  # a turn of a fast runner
@@ -127,5 +127,6 @@ def _timing(seconds: list[float]) -> Timing:
     return Timing(median_ms=middle * 1e3, p25_ms=low * 1e3, p75_ms=high * 1e3, repeats=len(seconds))
 
 
-def _ratio(base: list[float], other: list[float]) -> float:
-    return statistics.median(one / two for one, two in zip(base, other, strict=True))
+def _ratio(base: list[float], other: list[float]) -> Ratio:
+    low, middle, high = statistics.quantiles((one / two for one, two in zip(base, other, strict=True)), n=4)
+    return Ratio(median=middle, p25=low, p75=high)

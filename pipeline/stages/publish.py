@@ -239,7 +239,7 @@ def _latency(item: Chosen) -> Latency:
             threads=row.threads,
             eager=row.eager,
             engine=row.engines[item.scheme],
-            versus_eager=row.versus_eager[item.scheme],
+            versus_eager=row.versus_eager[item.scheme].median,
         )
         for row in item.latency.rows
     )

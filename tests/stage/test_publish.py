@@ -18,6 +18,7 @@ from pipeline.types import (
     LatencyRow,
     MetricResult,
     ParityReport,
+    Ratio,
     SizeParity,
     Timing,
 )
@@ -37,7 +38,13 @@ def chosen(job):
     far = near.model_copy(update={"max_abs": 1e-5, "sqnr_db": 100})
     metric = MetricResult(name="agreement", eager=1, engine=1, drop=0, budget=0.05, samples=32)
     timing = Timing(median_ms=1, p25_ms=1, p75_ms=1, repeats=5)
-    row = LatencyRow(sizes={"batch": 2}, threads=1, eager=timing, engines={"fp32": timing}, versus_eager={"fp32": 1.5})
+    row = LatencyRow(
+        sizes={"batch": 2},
+        threads=1,
+        eager=timing,
+        engines={"fp32": timing},
+        versus_eager={"fp32": Ratio(median=1.5, p25=1.4, p75=1.6)},
+    )
     target = job.targets[0]
     return Chosen(
         target=target,

@@ -1,7 +1,7 @@
 """The choice among numeric forms: by measurement, with its reason."""
 
 from pipeline.choice import choose
-from pipeline.types import LatencyReport, LatencyRow, MetricResult, ParityReport, Target, Timing, Tolerance
+from pipeline.types import LatencyReport, LatencyRow, MetricResult, ParityReport, Ratio, Target, Timing, Tolerance
 
 TARGET = Target(
     name="linux-x86_64-x",
@@ -23,6 +23,10 @@ def parity(scheme, passed=True):
 TIMING = Timing(median_ms=1, p25_ms=1, p75_ms=1, repeats=5)
 
 
+def ratio(value, spread=0.01):
+    return Ratio(median=value, p25=value - spread, p75=value + spread)
+
+
 def row(**versus):
     named = {name.replace("_", "-"): value for name, value in versus.items()}
     return LatencyRow(
@@ -30,8 +34,8 @@ def row(**versus):
         threads=1,
         eager=TIMING,
         engines=dict.fromkeys(named, TIMING),
-        versus_eager=named,
-        versus_fp32={name: value / named["fp32"] for name, value in named.items()},
+        versus_eager={name: ratio(value) for name, value in named.items()},
+        versus_fp32={name: ratio(value / named["fp32"]) for name, value in named.items()},
     )
 
 
@@ -45,17 +49,26 @@ def all_of(*schemes):
 
 def test_the_fastest_within_budget_wins():
     found = choose(TARGET, all_of("int8-u8s8", "fp32"), latency(int8_u8s8=4, fp32=2), {})
-    assert found == ("int8-u8s8", "fastest within budget: fp32 runs at 0.50x of its speed")
+    assert found == ("int8-u8s8", "fastest form within budget; fp32 has 0.50x of its speed")
 
 
 def test_int8_that_is_no_faster_than_fp32_does_not_ship():
     found = choose(TARGET, all_of("int8-u8s8", "fp32"), latency(int8_u8s8=2.02, fp32=2), {})
-    assert found == ("fp32", "fastest within budget: int8-u8s8 runs at 1.01x of its speed")
+    assert found == ("fp32", "fastest form within budget; int8-u8s8 is not faster than fp32 (1.01x)")
 
 
 def test_int8_that_is_slower_at_one_size_does_not_ship():
     found = LatencyReport(recipe="m", target="t", cpu="c", rows=(row(int8_u8s8=4, fp32=1), row(int8_u8s8=0.9, fp32=1)))
-    assert choose(TARGET, all_of("int8-u8s8", "fp32"), found, {})[0] == "fp32"
+    assert choose(TARGET, all_of("int8-u8s8", "fp32"), found, {}) == (
+        "fp32",
+        "fastest form within budget; int8-u8s8 is slower than fp32 at 1 thread (0.90x)",
+    )
+
+
+def test_a_row_that_noise_has_spread_decides_nothing():
+    noisy = row(int8_u8s8=0.9, fp32=1).model_copy(update={"versus_fp32": {"int8-u8s8": ratio(0.9, spread=0.5)}})
+    found = LatencyReport(recipe="m", target="t", cpu="c", rows=(row(int8_u8s8=4, fp32=1), noisy))
+    assert choose(TARGET, all_of("int8-u8s8", "fp32"), found, {})[0] == "int8-u8s8"
 
 
 def test_a_form_outside_the_budget_never_ships_and_is_named():
