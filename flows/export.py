@@ -186,7 +186,7 @@ def _one_target(job: Job, target: Target, ready: Sequence[State[Any]]) -> tuple[
     stopped = job.not_runnable(target)
     if state.is_completed() and stopped is not None:
         skipped = _skip(f"parity {target.name}", stopped, [state])
-        return Verdict(target, "not verified", f"built, but {stopped}", left_out=found.left_out), skipped
+        return run.not_verified(job, target, found.built, found.left_out), skipped
     for stage, work in (("parity", parity), ("latency", latency)):
         if state.is_completed():
             state = _step(f"{stage} {target.name}", work, [state])

@@ -19,7 +19,7 @@ from pydantic import JsonValue
 from pipeline import backends, digest, host, recipes, store
 from pipeline.errors import CheckpointError, DataError, NotApplicable, UnavailableError, nearest
 from pipeline.store import Key, Made, write_json
-from pipeline.types import LatencyReport, ParityReport, Recipe, Reporter, Scheme, Target, no_report
+from pipeline.types import Audit, LatencyReport, ParityReport, Recipe, Reporter, Scheme, Target, no_report
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -290,7 +290,8 @@ class Job:
                 "data": self.data().stored.digest,
                 "code": recipes.code_digest(self.recipe, *metric),
             }
-            config = self.recipe.model_dump(mode="json", include={"axes", "inputs", "outputs", "budget", "evaluation"})
+            config = self.recipe.model_dump(mode="json", include={"axes", "inputs", "outputs", "evaluation"})
+            config["budget"] = self.recipe.budget.model_dump(mode="json", exclude={"min_int8_share"})
             config["vs_onnx"] = target.vs_onnx[scheme].plain()
             tools = _tools("torch", "onnxruntime", "numpy") | recipes.code_tools(self.recipe, *metric)
             return Key("parity", inputs, config, tools | dict(backends.find(target.backend).tools(target)))
@@ -307,6 +308,25 @@ class Job:
     def parity_report(self, target: Target, scheme: Scheme) -> ParityReport:
         """The content of `parity`."""
         return ParityReport.model_validate_json(self.parity(target, scheme).stored.file("parity.json").read_text())
+
+    def audit(self, target: Target, scheme: Scheme) -> Made:
+        """What the engine really runs in INT8. It is read, not run, so that any host can tell."""
+
+        def key() -> Key:
+            inputs = {"engine": self.engine(target, scheme).stored.digest, "onnx": self.onnx(scheme).stored.digest}
+            config: dict[str, JsonValue] = {"backend": target.backend, "target": target.name, "scheme": scheme}
+            return Key("audit", inputs, config, _tools("onnx", "onnxruntime"))
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline.stages.audit import audit
+
+            return audit(self.engine(target, scheme).stored, self.onnx(scheme).stored, target, scheme, out)
+
+        return self._make(f"audit/{target.name}/{scheme}", key, work)
+
+    def audit_report(self, target: Target, scheme: Scheme) -> Audit:
+        """The content of `audit`."""
+        return Audit.model_validate_json(self.audit(target, scheme).stored.file("audit.json").read_text())
 
     def latency(self, target: Target, schemes: tuple[Scheme, ...]) -> Made:
         """How fast the engines of `schemes` are, measured together."""

@@ -191,6 +191,8 @@ def _target_steps(job: Job, target: Target, code: list[str]) -> list[Step]:
     if any(step.startswith(f"parity/{target.name}/") for step in job.made):
         inputs = [_out(name, f"engine/{target.name}"), *graphs, _out(name, "program"), _out(name, "data"), *code]
         found.append(_step(job, f"parity/{target.name}", inputs, row))
+    if any(step.startswith(f"audit/{target.name}/") for step in job.made):
+        found.append(_step(job, f"audit/{target.name}", [_out(name, f"engine/{target.name}"), *graphs]))
     if f"latency/{target.name}" in job.made:
         found.append(_step(job, f"latency/{target.name}", [_out(name, f"engine/{target.name}"), _out(name, "program")]))
     return found

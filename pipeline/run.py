@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
@@ -18,9 +18,10 @@ from pipeline import targets as rows_of
 from pipeline.errors import BuildError, ExportyardError, ParityError, ReleaseError, UnavailableError
 from pipeline.job import Job, Maker, Work
 from pipeline.store import Key, Made, Stored
-from pipeline.types import Chosen, LatencyReport, ParityReport, Reporter, Scheme, Target, no_report
+from pipeline.types import Audit, Chosen, LatencyReport, ParityReport, Reporter, Scheme, Target, no_report
 from pipeline.workspace import Workspace
 
+PER_TARGET = ("engine", "parity", "audit", "latency")
 Status = Literal["passed", "failed", "not built here", "not verified"]
 
 
@@ -38,7 +39,13 @@ def ignore(step: str, state: str, seconds: float, /) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one target: the form that won, or why there is none."""
+    """What became of one target: the form that won, or why there is none.
+
+    Attributes:
+        candidates: every form that was built and compared.
+        left_out: every form that measuring had no need to look at, and why.
+        audits: of every form that was built.
+    """
 
     target: Target
     status: Status
@@ -49,6 +56,7 @@ class Verdict:
     latency: LatencyReport | None = None
     candidates: Mapping[Scheme, ParityReport] = field(default_factory=dict)
     left_out: Mapping[Scheme, str] = field(default_factory=dict)
+    audits: Mapping[Scheme, Audit] = field(default_factory=dict)
     exit_code: int = 0
 
     def chosen(self) -> Chosen:
@@ -149,7 +157,7 @@ def verdict(job: Job, target: Target, watch: Watcher = ignore) -> Verdict:
     built, left_out = candidates(job, target, watch)
     stopped = job.not_runnable(target)
     if stopped is not None and built:
-        return Verdict(target, "not verified", f"built, but {stopped}", left_out=left_out)
+        return not_verified(job, target, built, left_out, watch)
     parities = compare(job, target, built, left_out, watch)
     return judge(job, target, parities, left_out, watch)
 
@@ -187,6 +195,29 @@ def compare(
     return parities
 
 
+def audit(job: Job, target: Target, built: Iterable[Scheme], watch: Watcher = ignore) -> dict[Scheme, Audit]:
+    """What each candidate really runs in INT8."""
+    found: dict[Scheme, Audit] = {}
+    for scheme in built:
+        timed(f"audit/{target.name}/{scheme}", partial(job.audit, target, scheme), watch)
+        found[scheme] = job.audit_report(target, scheme)
+    return found
+
+
+def not_verified(
+    job: Job, target: Target, built: Sequence[Scheme], left_out: Mapping[Scheme, str], watch: Watcher = ignore
+) -> Verdict:
+    """The verdict on a target whose engines were built, and that this host can't run."""
+    reason = f"built, but not measured on the device: {job.not_runnable(target)}"
+    return Verdict(target, "not verified", reason, left_out=left_out, audits=audit(job, target, built, watch))
+
+
+def _shallow(job: Job, audits: Mapping[Scheme, Audit]) -> dict[Scheme, str]:
+    """Candidates with less INT8 in them than the recipe asks for, and how much that is."""
+    found = {scheme: choice.too_little_int8(one, job.recipe.budget.min_int8_share) for scheme, one in audits.items()}
+    return {scheme: reason for scheme, reason in found.items() if reason is not None}
+
+
 def judge(
     job: Job,
     target: Target,
@@ -195,15 +226,19 @@ def judge(
     watch: Watcher = ignore,
 ) -> Verdict:
     """Measure the candidates that passed and choose among them."""
-    passed = tuple(scheme for scheme, found in parities.items() if found.passed)
+    audits = audit(job, target, parities, watch)
+    shallow = _shallow(job, audits)
+    deep = {scheme: found for scheme, found in parities.items() if scheme not in shallow}
+    left_out = {**left_out, **shallow}
+    passed = tuple(scheme for scheme, found in deep.items() if found.passed)
     latency = None
     if passed:
         timed(f"latency/{target.name}", lambda: job.latency(target, passed), watch)
         latency = job.latency_report(target, passed)
-    scheme, reason = choice.choose(target, parities, latency, left_out)
+    scheme, reason = choice.choose(target, deep, latency, left_out)
     if scheme is None:
         code = ParityError.exit_code if parities else BuildError.exit_code
-        return Verdict(target, "failed", reason, candidates=parities, left_out=left_out, exit_code=code)
+        return Verdict(target, "failed", reason, candidates=parities, left_out=left_out, audits=audits, exit_code=code)
     return Verdict(
         target,
         "passed",
@@ -214,6 +249,7 @@ def judge(
         latency,
         parities,
         left_out,
+        audits,
     )
 
 
@@ -305,6 +341,7 @@ def _look_at_candidate(job: Job, target: Target, scheme: Scheme) -> list[StepSta
     found.append(_look(job, f"engine/{target.name}/{scheme}", lambda: job.engine(target, scheme)))
     if job.not_runnable(target) is None:
         found.append(_look(job, f"parity/{target.name}/{scheme}", lambda: job.parity(target, scheme)))
+    found.append(_look(job, f"audit/{target.name}/{scheme}", lambda: job.audit(target, scheme)))
     return found
 
 
@@ -314,7 +351,8 @@ def _look_at_latency(job: Job, target: Target, compared: Sequence[StepState]) ->
     if stale is not None:
         return StepState(step, False, f"waits for {stale.step}")
     left = [scheme for scheme in target.schemes if job.left_out(scheme) is None]
-    passed = tuple(scheme for scheme in left if job.parity_report(target, scheme).passed)
+    shallow = _shallow(job, {scheme: job.audit_report(target, scheme) for scheme in left})
+    passed = tuple(scheme for scheme in left if scheme not in shallow and job.parity_report(target, scheme).passed)
     if not passed:
         return StepState(step, True, "no form passed, so there is nothing to measure")
     return _look(job, step, lambda: job.latency(target, passed))
@@ -346,7 +384,7 @@ def make_step(job: Job, step: str, watch: Watcher = ignore) -> Path:
             timed(step, simple[step], watch)
         elif kind == "onnx" and rest:
             timed(step, partial(job.onnx, _scheme(rest)), watch)
-        elif kind in ("engine", "parity", "latency") and rest:
+        elif kind in PER_TARGET and rest:
             _make_for_target(job, kind, rows_of.select(job.workspace.rows(), [rest])[0], watch)
         elif step == "release":
             raise ReleaseError(
@@ -354,7 +392,7 @@ def make_step(job: Job, step: str, watch: Watcher = ignore) -> Path:
                 hint=f"`exportyard publish {job.recipe.name}` makes the next one",
             )
         else:
-            raise errors.unknown("step", step, [*simple, "engine/TARGET", "parity/TARGET", "latency/TARGET"])
+            raise errors.unknown("step", step, [*simple, *(f"{one}/TARGET" for one in PER_TARGET)])
     return job.folder / step
 
 
@@ -365,7 +403,9 @@ def _make_for_target(job: Job, kind: str, target: Target, watch: Watcher) -> Non
     built, left_out = candidates(job, target, watch)
     if not built:
         raise BuildError(f"`{target.name}`: {'; '.join(left_out.values())}", hint="`exportyard export` tells more")
-    if kind != "engine":
+    if kind == "audit":
+        audit(job, target, built, watch)
+    elif kind != "engine":
         parities = compare(job, target, built, left_out, watch)
         if kind == "latency":
             judge(job, target, parities, left_out, watch)

@@ -1,0 +1,58 @@
+"""Stage audit: what an engine really runs in INT8. A graph may ask for integers and its engine still use floats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from pipeline import audit as audits
+from pipeline.macs import UnclearError
+from pipeline.store import Stored, write_json
+from pipeline.types import Audit, Scheme, Target
+
+ENGINE = "model.onnx"
+
+
+def audit(engine: Stored, model: Stored, target: Target, scheme: Scheme, out: Path) -> dict[str, JsonValue]:
+    """Write ``audit.json``: each operator that multiplies, and what it runs in; or why that can't be told.
+
+    Args:
+        engine: of any backend; those of ONNX Runtime that are an ONNX graph can be looked into.
+        model: the ONNX graph that it was built from.
+        target: gives the backend.
+        scheme: of both.
+        out: empty folder.
+    """
+    found = _audit(engine, model, target, scheme)
+    write_json(out / "audit.json", found.plain())
+    fallen: list[JsonValue] = [row.node for row in found.rows if row.fell_back]
+    return {"int8_share": found.int8_share, "not_audited": found.not_audited, "fell_back": fallen}
+
+
+def _audit(engine: Stored, model: Stored, target: Target, scheme: Scheme) -> Audit:
+    reason = _closed(engine, target)
+    if reason is None:
+        try:
+            signature = model.signature()
+            rows = audits.audit(engine.file(ENGINE), model.file("model.onnx"), signature)
+            return Audit(
+                target=target.name,
+                scheme=scheme,
+                sizes={name: axis.opt for name, axis in signature.axes.items()},
+                rows=tuple(rows),
+                int8_share=audits.int8_share(rows),
+                not_audited=None if rows else "the model has no convolution or matrix product",
+            )
+        except UnclearError as error:
+            reason = str(error)
+    return Audit(target=target.name, scheme=scheme, not_audited=reason)
+
+
+def _closed(engine: Stored, target: Target) -> str | None:
+    """Why nobody can look into the engine, or None."""
+    if target.backend != "onnxruntime":
+        return f"engines of backend `{target.backend}` don't say what they run in"
+    if ENGINE not in engine.artifact.files:
+        return "a graph in the `.ort` format can't be looked into"
+    return None
