@@ -121,7 +121,7 @@ class Job:
         def work(out: Path) -> Mapping[str, JsonValue]:
             from pipeline import samples
 
-            return {which: samples.write(self.recipe, which, out) for which in ("calibration", "evaluation")}
+            return samples.write_all(self.recipe, out)
 
         return self._make("data", key, work)
 
@@ -363,6 +363,11 @@ class Job:
 
             self._answers = Answers(self.recipe, self.program().stored, self.data().stored)
         return self._answers
+
+    def warnings(self) -> list[str]:
+        """What the artifacts of this job say that a user should know, though nothing failed."""
+        told = (made.stored.artifact.facts.get("warnings") for made in self.made.values())
+        return [str(text) for found in told if isinstance(found, list) for text in found]
 
     def close(self) -> None:
         """Free the models that `answers` has loaded."""

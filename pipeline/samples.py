@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import itertools
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import JsonValue
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from pipeline import recipes
+from pipeline import lint, recipes
 from pipeline.errors import DataError, RecipeError, UsageError, nearest
+from pipeline.lint import Spread
 from pipeline.store import Stored
 from pipeline.types import InputSpec, Recipe, TensorSpec
 
@@ -92,6 +94,18 @@ def _draw(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) -> 
     return np.asarray(rng.uniform(low, high, shape)).astype(dtype)
 
 
+def write_all(recipe: Recipe, out: Path) -> dict[str, JsonValue]:
+    """Write calibration and evaluation data into `out`; how many samples each has, and what is doubtful about them.
+
+    Raises:
+        DataError, RecipeError: as `write`.
+    """
+    calibration, seen = _write(recipe, "calibration", out)
+    evaluation, met = _write(recipe, "evaluation", out)
+    doubts: list[JsonValue] = [*(lint.warnings(seen, met) if calibration else [])]
+    return {"calibration": calibration, "evaluation": evaluation, "warnings": doubts}
+
+
 def write(recipe: Recipe, which: str, out: Path) -> int:
     """Write the recipe's calibration or evaluation data into `out` as shards; returns how many samples there are.
 
@@ -99,12 +113,16 @@ def write(recipe: Recipe, which: str, out: Path) -> int:
         DataError: missing, empty, truncated, wrong name, rank, size or dtype, NaN, or constant.
         RecipeError: the recipe's callable raised.
     """
+    return _write(recipe, which, out)[0]
+
+
+def _write(recipe: Recipe, which: str, out: Path) -> tuple[int, Spread]:
     setting = recipe.calibration if which == "calibration" else recipe.evaluation
+    seen = Spread(recipe.inputs)
     if setting is None:
-        return 0
+        return 0, seen
     where = f'recipe `{recipe.name}`, [{which}] data = "{setting.data}"'
     count, shard, pending, size = 0, 0, {}, 0  # type: int, int, dict[str, Array], int
-    seen = _Spread(recipe.inputs)
     for arrays in itertools.islice(_open(recipe, which, setting.data, where), setting.samples):
         wrong = _fault(recipe, arrays, None, exact=which == "calibration")
         if wrong is not None:
@@ -127,25 +145,7 @@ def write(recipe: Recipe, which: str, out: Path) -> int:
         )
     if pending:
         save_file(pending, out / f"{which}-{shard:05d}.safetensors")
-    return count
-
-
-class _Spread:
-    """Least and greatest value of each floating-point input, over all samples."""
-
-    def __init__(self, inputs: Iterable[InputSpec]) -> None:
-        self._ends: dict[str, tuple[float, float]] = {}
-        self._names = [spec.name for spec in inputs if spec.dtype.startswith("float")]
-
-    def add(self, arrays: Mapping[str, Array]) -> None:
-        for name in self._names:
-            array = arrays[name]
-            if array.size:
-                low, high = self._ends.get(name, (np.inf, -np.inf))
-                self._ends[name] = min(low, float(array.min())), max(high, float(array.max()))
-
-    def constant(self) -> tuple[str, float] | None:
-        return next(((name, low) for name, (low, high) in self._ends.items() if low == high), None)
+    return count, seen
 
 
 def samples(recipe: Recipe, data: Stored, which: str) -> Iterator[Sample]:
