@@ -374,6 +374,19 @@ def test_a_shared_weight_is_quantised_for_each_use(tmp_path):
         assert case.sqnr_db(case.quantize(scheme)) > 25
 
 
+@pytest.mark.parametrize("include", [0, 1])
+def test_an_average_that_onnxruntime_gets_wrong_in_integers_stays_in_float(include):
+    pool = {"kernel_shape": [3, 3], "strides": [3, 3], "ceil_mode": 1, "count_include_pad": include}
+    nodes = [
+        helper.make_node("Conv", ["image", "w0"], ["c0"], name="first", pads=[1, 1, 1, 1]),
+        helper.make_node("AveragePool", ["c0"], ["p0"], name="pool", **pool),
+        helper.make_node("Conv", ["p0", "w1"], ["features"], name="second"),
+    ]
+    ends = [("image", TensorProto.FLOAT, [2, 3, 7, 7])], [("features", TensorProto.FLOAT, [2, 8, 3, 3])]
+    made = model(nodes, *ends, [weight("w0", 8, 3, 3, 3), weight("w1", 8, 8, 1, 1)])
+    assert ("pool" in integer.plan(graph.Graph(made)).nodes) == (include == 0)
+
+
 def test_every_activation_that_a_plan_may_need_is_observed():
     for proto in (convnet(), encoder()):
         index = graph.Graph(proto)
