@@ -39,17 +39,21 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Architecture:
-    """One network: classes of transformers and the settings of its configuration."""
+    """One network: classes of transformers and the settings of its configuration.
+
+    `last_norm` ends the names of the batch norms that end a block.
+    """
 
     name: str
     kind: Literal["vision", "text"]
     family: str
     head: str
     settings: Settings
+    last_norm: str = ""
 
 
-def _vision(name: str, family: str, settings: Settings) -> Architecture:
-    return Architecture(name, "vision", family, "ForImageClassification", settings)
+def _vision(name: str, family: str, settings: Settings, last_norm: str = "") -> Architecture:
+    return Architecture(name, "vision", family, "ForImageClassification", settings, last_norm)
 
 
 def _text(name: str, family: str, settings: Settings) -> Architecture:
@@ -70,15 +74,18 @@ ARCHITECTURES = (
     _vision(
         "resnet18", "ResNet",
         {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"},
+        "layer.1.normalization",
     ),
-    _vision("mobilenetv2", "MobileNetV2", {"depth_multiplier": 0.5, "image_size": SIDE}),
+    _vision("mobilenetv2", "MobileNetV2", {"depth_multiplier": 0.5, "image_size": SIDE}, "reduce_1x1.normalization"),
     _vision(
         "efficientnet", "EfficientNet",
         {"width_coefficient": 0.5, "depth_coefficient": 0.5, "image_size": SIDE, "hidden_dim": 640},
+        "project_bn",
     ),
     _vision(
         "regnet", "RegNet",
         {"embedding_size": 32, "hidden_sizes": [24, 56, 152, 368], "depths": [1, 1, 4, 7], "groups_width": 8},
+        "layer.3.normalization",
     ),
     _vision(
         "convnext", "ConvNext",
@@ -90,6 +97,7 @@ ARCHITECTURES = (
             "hidden_sizes": [64, 80, 96], "neck_hidden_sizes": [16, 16, 24, 48, 64, 80, 320], "expand_ratio": 2.0,
             "image_size": SIDE,
         },
+        "reduce_1x1.normalization",
     ),
     _vision("vit", "ViT", _VIT),
     _vision(
@@ -186,7 +194,8 @@ def write_recipe(root: Path, one: Architecture) -> None:
     shutil.copytree(sides.ROOT / "targets", root / "targets", dirs_exist_ok=True)
     shutil.copyfile(ZOO / f"{one.kind}.py", folder / "network.py")
     facts = {"CONFIG": f"{one.family}Config", "MODEL": f"{one.family}{one.head}", "SETTINGS": dict(one.settings)}
-    facts |= {"SIDE": SIDE} if one.kind == "vision" else {}
+    if one.kind == "vision":
+        facts |= {"SIDE": SIDE, "LAST_NORMS": (one.last_norm,) if one.last_norm else ()}
     (folder / "architecture.py").write_text("".join(f"{name} = {value!r}\n" for name, value in facts.items()))
     text = RECIPE.format(name=one.name, family=one.family, **WORDS[one.kind])
     (folder / "recipe.toml").write_text(text.lstrip())

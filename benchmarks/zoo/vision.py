@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from architecture import CONFIG, MODEL, SETTINGS, SIDE
+from architecture import CONFIG, LAST_NORMS, MODEL, SETTINGS, SIDE
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import nn
@@ -51,10 +51,13 @@ def checkpoint(path: Path) -> None:
 
 
 def _spread(model: nn.Module) -> None:
-    """Weights that keep the scale, for networks with batch norm; their own are so small that signals vanish."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        nn.init.ones_(norm.weight)
+    """Weights for networks with batch norm that keep the scale; their own are so small that signals vanish.
+
+    Each block adds a little to its input, as in trained networks; full steps of random weights are chaos.
+    """
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    for name, norm in norms.items():
+        nn.init.constant_(norm.weight, 0.2 if name.endswith(LAST_NORMS) else 1.0)
     for module in model.modules() if norms else ():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
