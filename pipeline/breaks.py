@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import re
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch._logging._internal import DTRACE_ENV_VAR, LazyTraceHandler
 from torch._logging.structured import INTERN_TABLE
 
 from pipeline import program as programs
@@ -30,6 +35,24 @@ class Break:
     where: str
     reason: str
     advice: str
+
+
+@contextlib.contextmanager
+def tidy_traces() -> Iterator[None]:
+    """A draft export writes its trace into a folder of its own, and leaves it, open, when it is done: end both here."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get(DTRACE_ENV_VAR)
+        os.environ[DTRACE_ENV_VAR] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[DTRACE_ENV_VAR]
+            else:
+                os.environ[DTRACE_ENV_VAR] = before
+            for handler in gc.get_objects():
+                if isinstance(handler, LazyTraceHandler) and handler.root_dir == folder:
+                    handler.close()
 
 
 def explain(

@@ -121,7 +121,9 @@ def _trace(recipe: Recipe, flat: Flat, sizes: Mapping[str, int]) -> tuple[Export
 
             def draft() -> Any:
                 inputs, dynamic = tensors(recipe, sizes), _dynamic(recipe)
-                return getattr(torch.export.draft_export(flat, inputs, dynamic_shapes=(dynamic,)), "_report")  # noqa: B009
+                with breaks.tidy_traces():
+                    found = torch.export.draft_export(flat, inputs, dynamic_shapes=(dynamic,))
+                return getattr(found, "_report")  # noqa: B009  a private attribute, the only way to the report
 
             nothing = _export(recipe, Flat(_Echo(), [], copies=False), sizes, strict=False)  # has the same symbols
             symbols = programs.axis_symbols(nothing, recipe)

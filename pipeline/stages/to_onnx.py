@@ -134,9 +134,17 @@ def _explained(recipe: Recipe, program: ExportedProgram, error: BaseException) -
 
 
 def _user_line(program: ExportedProgram, operator: str) -> str | None:
-    """Where the user's code calls `operator` (``aten.sort``), directly or through one that is made of it."""
-    for node in (*program.graph.nodes, *program.run_decompositions().graph.nodes):
-        if str(node.target).rpartition(".")[0] == operator and node.meta.get("stack_trace"):
+    """Where the user's code calls `operator` (``aten.sort``), directly or through one that is made of it.
+
+    The exporter decomposes further than the program does, into operators that keep the name (``aten.special_zeta``
+    becomes ``prims.zeta``): so a name that ends alike is looked for when there is no equal one.
+    """
+    nodes = [*program.graph.nodes, *program.run_decompositions().graph.nodes]
+    leaf = operator.rpartition(".")[2]
+    equal = [node for node in nodes if str(node.target).rpartition(".")[0] == operator]
+    alike = [node for node in nodes if str(node.target).rpartition(".")[0].endswith(leaf)]
+    for node in equal or alike:
+        if node.meta.get("stack_trace"):
             frames = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)', node.meta["stack_trace"])
             mine = [frame for frame in frames if not frame[0].startswith(("torch/", "pipeline/"))] or frames
             return "{}:{}: {}".format(*mine[-1]) if mine else None
