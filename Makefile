@@ -10,7 +10,7 @@ demo: .venv/ready  ## checkpoint to release on real data, from nothing
 	@$(BIN)/python -m flows.demo
 
 test: lint  ## lint, types, import layers and every test
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

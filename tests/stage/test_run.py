@@ -61,6 +61,17 @@ def test_a_second_export_makes_nothing(root):
     assert worked(states(root)) == []
 
 
+def test_with_nothing_to_do_torch_is_not_even_imported(root):
+    script = (
+        "import sys; from pipeline import cli; "
+        f"code = cli._run(['export', 'tiny', '-C', {str(root)!r}]); "
+        "print(code, sorted({'torch', 'numpy', 'onnx', 'onnxruntime', 'prefect', 'dvc', 'tvm'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+    assert "nothing to do" in done.stderr
+
+
 def test_an_unrelated_file_makes_nothing_stale(root):
     (root / FOLDER / "notes.py").write_text("x = 1\n")
     (root / "README.md").write_text("hello\n")
