@@ -25,7 +25,7 @@ from pipeline.errors import StoreError
 from pipeline.types import Artifact, FileFact, Kind, Signature
 
 MANIFEST = "artifact.json"
-FORMAT = 1  # part of every key: raise it when the meaning of a stage's files changes
+FORMAT = 2  # part of every key: raise it when the meaning of a stage's files changes
 
 State = Literal["cached", "built", "rebuilt"]
 
