@@ -22,7 +22,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from rich.text import Text
 
-from pipeline import release, run, summary
+from pipeline import release, report, run, summary
 from pipeline.errors import BuildError, ExportyardError, ParityError
 from pipeline.job import Job
 from pipeline.release import Published
@@ -209,7 +209,7 @@ def _report(job: Job, verdicts: Sequence[Verdict]) -> Path:
     pages: list[Path] = []
 
     def work(_: Watcher) -> str | None:
-        pages.append(summary.write_report(job, verdicts))
+        pages.append(report.write(job, verdicts))
         key = re.sub(r"[^a-z0-9]+", "-", job.recipe.name.lower()).strip("-")
         rows = [dict(zip(summary.COLUMNS, _plain(summary.row(verdict)), strict=True)) for verdict in verdicts]
         create_table_artifact(

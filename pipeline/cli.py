@@ -146,14 +146,25 @@ def _export(
 
 def _show(job: Job, verdicts: list[run.Verdict], *, as_json: bool) -> None:
     """Print what became of each target, write the report, and exit with the first failure's code."""
-    from pipeline import summary
+    from pipeline import report, summary
 
     if as_json:
         print(json.dumps([summary.plain(verdict) for verdict in verdicts], indent=2))
     else:
         console.table(summary.COLUMNS, [summary.row(verdict) for verdict in verdicts], numbers=summary.NUMBERS)
-    page = summary.write_report(job, verdicts)
+    _warn(job)
+    page = report.write(job, verdicts)
     console.say(f"report: {_short(page)}")
+    _leave(verdicts)
+
+
+def _warn(job: Job) -> None:
+    for text in job.warnings():
+        console.say(f"[yellow]warning:[/] {escape(text)}")
+
+
+def _leave(verdicts: list[run.Verdict]) -> None:
+    """Exit with the first failure's code, or with that of a target that isn't for this host when none is."""
     code = next((verdict.exit_code for verdict in verdicts if verdict.status == "failed"), 0)
     if code == 0 and not any(verdict.status == "passed" for verdict in verdicts):
         code = next((verdict.exit_code for verdict in verdicts if verdict.exit_code), 10)
@@ -189,6 +200,34 @@ def parity(recipe: RecipeName, target: Targets = None, root: Folder = HERE, as_j
     code = next((verdict.exit_code for verdict in verdicts if verdict.status == "failed"), 0)
     if code:
         raise typer.Exit(code)
+
+
+@app.command()
+def quantize(
+    recipe: RecipeName,
+    target: Targets = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say which operators stay in float, and why.")] = False,
+    root: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Show every numeric form that was tried for a target: speed, accuracy, share of INT8, and what came of it."""
+    from pipeline import candidates, summary
+
+    job, verdicts = _export(root, recipe, None, target, 1)
+    tried = [one for verdict in verdicts for one in candidates.of(job, verdict)]
+    if as_json:
+        print(json.dumps([one.plain() for one in tried], indent=2))
+    else:
+        rows = [summary.candidate_row(one) for one in tried]
+        console.table(summary.CANDIDATE_COLUMNS, rows, numbers=summary.CANDIDATE_NUMBERS)
+        if explain:
+            console.table(summary.SPEED_COLUMNS, summary.speed_rows(tried), numbers=summary.SPEED_NUMBERS)
+            console.table(summary.FLOAT_COLUMNS, summary.float_rows(tried))
+        for verdict in verdicts:
+            if explain or not candidates.of(job, verdict):
+                print(f"{verdict.target.name}: {verdict.scheme or verdict.status}: {verdict.reason}")
+    _warn(job)
+    _leave(verdicts)
 
 
 @app.command()

@@ -1,21 +1,18 @@
-"""Verdicts as people read them: rows of a table, and the report's page."""
+"""Verdicts as people read them: rows of tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from pipeline import console, host, store
-from pipeline.choice import speed
-from pipeline.types import Distance, LatencyReport, ParityReport, Scheme, SizeParity
+from pipeline import candidates, console
+from pipeline.candidates import Candidate, Speed
+from pipeline.types import Distance, ParityReport, SizeParity
 
 if TYPE_CHECKING:
-    from pipeline.job import Job
     from pipeline.run import Verdict
 
 COLUMNS = ("target", "scheme", "size", "vs ONNX", "metric", "latency", "vs eager", "verdict")
@@ -33,6 +30,25 @@ PARITY_COLUMNS = (
     "agree",
 )
 PARITY_NUMBERS = PARITY_COLUMNS[4:]
+CANDIDATE_COLUMNS = (
+    "target",
+    "scheme",
+    "ranges",
+    "float ops",
+    "size",
+    "metric",
+    "drop",
+    "SQNR",
+    "cosine",
+    "latency",
+    "vs fp32",
+    "in int8",
+    "outcome",
+)
+CANDIDATE_NUMBERS = CANDIDATE_COLUMNS[3:12]
+SPEED_COLUMNS = ("target", "scheme", "timed at", "latency", "vs fp32")
+SPEED_NUMBERS = SPEED_COLUMNS[3:]
+FLOAT_COLUMNS = ("target", "scheme", "in float", "why")
 COLOURS = {"passed": "green", "failed": "red", "not built here": "yellow", "not verified": "yellow"}
 
 
@@ -74,6 +90,75 @@ def _numbers(found: Distance) -> list[str]:
     return [decibels(found.sqnr_db), f"{found.max_abs:.2g}", f"{found.cosine:.6f}", agree]
 
 
+def candidate_row(one: Candidate) -> list[str]:
+    """One line of the table of candidates; what wasn't found out stays empty."""
+    colour = "green" if one.chosen else "dim"
+    ratio = candidates.versus_fp32(one)
+    inside = f"{len(one.left_in_float) + len(one.fell_back)}" if one.scheme.startswith("int8") else ""
+    return [
+        one.target,
+        one.scheme,
+        one.method or "",
+        inside if one.size_bytes is not None else "",
+        console.size(one.size_bytes) if one.size_bytes is not None else "",
+        _fixed(one.metric, 4),
+        "" if one.drop is None else f"{one.drop:+.4f} of {one.budget:g}",
+        decibels(one.sqnr_db) if one.sqnr_db is not None else "",
+        _fixed(one.cosine, 6),
+        f"{one.speeds[0].median_ms:.3g} ms" if one.speeds else "",
+        f"{ratio:.2f}x" if ratio is not None else "",
+        share(one),
+        f"[{colour}]{escape(one.outcome)}[/]",
+    ]
+
+
+def speed_rows(tried: Sequence[Candidate]) -> list[list[str]]:
+    """One line for each timing of each candidate."""
+    return [
+        [
+            one.target,
+            one.scheme,
+            timing(speed),
+            f"{speed.median_ms:.3g} ms",
+            "" if speed.versus_fp32 is None else f"{speed.versus_fp32:.2f}x",
+        ]
+        for one in tried
+        for speed in one.speeds
+    ]
+
+
+def float_rows(tried: Sequence[Candidate]) -> list[list[str]]:
+    """One line for each operator that multiplies in float in an INT8 form, those that fell back first."""
+    return [
+        [
+            one.target,
+            one.scheme,
+            escape(f"{found.module} ({found.node})" if found.module else found.node),
+            escape(found.why),
+        ]
+        for one in tried
+        for found in (*one.fell_back, *one.left_in_float)
+    ]
+
+
+def share(one: Candidate) -> str:
+    """The share of compute that runs in INT8, or that it isn't known; nothing for an engine that was not built."""
+    if one.int8_share is not None:
+        return f"{one.int8_share:.1%}"
+    return "not audited" if one.not_audited is not None else ""
+
+
+def timing(speed: Speed) -> str:
+    """What one timing was taken at: ``batch=1 seq=64, 2 threads``."""
+    sizes = " ".join(f"{name}={size}" for name, size in speed.sizes.items())
+    threads = f"{speed.threads} thread{'s' if speed.threads > 1 else ''}"
+    return f"{sizes}, {threads}" if sizes else threads
+
+
+def _fixed(value: float | None, digits: int, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.{digits}f}"
+
+
 def spell(one: SizeParity) -> str:
     """Axis sizes on one line."""
     return " ".join(f"{name}={size}" for name, size in one.sizes.items()) or "fixed"
@@ -103,80 +188,5 @@ def plain(verdict: Verdict) -> dict[str, Any]:
         "latency": verdict.latency.plain() if verdict.latency else None,
         "left_out": dict(verdict.left_out),
         "candidates": {scheme: found.plain() for scheme, found in verdict.candidates.items()},
+        "audits": {scheme: found.plain() for scheme, found in verdict.audits.items()},
     }
-
-
-def write_report(job: Job, verdicts: Sequence[Verdict]) -> Path:
-    """Write ``report/index.html`` and ``report/report.json`` for the recipe; returns the page's path.
-
-    The page stands alone: no script, no font and no picture comes from elsewhere.
-    """
-    from jinja2 import Environment
-
-    text = (resources.files("pipeline") / "templates" / "report.html.j2").read_text()
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
-    folder = job.folder / "report"
-    found = [plain(verdict) for verdict in verdicts]
-    context: dict[str, Any] = {
-        "recipe": job.recipe,
-        "verdicts": verdicts,
-        "rows": [_strip(row(verdict)) for verdict in verdicts],
-        "columns": COLUMNS,
-        "numbers": NUMBERS,
-        "candidates": [line for verdict in verdicts for line in _candidates(verdict)],
-        "parity_columns": [column.strip() for column in PARITY_COLUMNS],
-        "parity_rows": [
-            _strip(line)
-            for verdict in verdicts
-            for line in parity_rows([(verdict.target.name, item) for item in verdict.candidates.values()])
-        ],
-        "provenance": _provenance(job),
-        "cpu": f"{host.cpu_name()}, {host.cpu_count()} threads",
-        "good": sum(verdict.status == "passed" for verdict in verdicts),
-        "bad": [verdict for verdict in verdicts if verdict.status == "failed"],
-    }
-    store.write_whole(folder / "report.json", store.json_text({"recipe": job.recipe.name, "targets": found}))
-    store.write_whole(folder / "index.html", page.render(context))
-    return folder / "index.html"
-
-
-def _candidates(verdict: Verdict) -> list[list[str]]:
-    """Every form that was tried for a target, with what came of it."""
-    lines = []
-    for scheme in verdict.target.schemes:
-        if scheme in verdict.left_out:
-            lines.append([verdict.target.name, scheme, "", "", "", verdict.left_out[scheme]])
-        found = verdict.candidates.get(scheme)
-        if found is None:
-            continue
-        timed = _latency(verdict.latency, scheme)
-        outcome = (
-            "chosen" if scheme == verdict.scheme else "within budget" if found.passed else "; ".join(found.reasons)
-        )
-        metric = f"{found.metric.engine:.4f} ({found.metric.engine - found.metric.eager:+.4f})"
-        lines.append([verdict.target.name, scheme, metric, *timed, outcome])
-    return lines
-
-
-def _latency(latency: LatencyReport | None, scheme: Scheme) -> list[str]:
-    if latency is None or scheme not in latency.rows[0].engines:
-        return ["", ""]
-    middle = ", ".join(f"{at.engines[scheme].median_ms:.3g}" for at in latency.rows)
-    return [f"{middle} ms", f"{speed(latency, scheme):.2f}x"]
-
-
-def _provenance(job: Job) -> list[tuple[str, str]]:
-    found = []
-    for step in ("checkpoint", "data", "program", "onnx/fp32"):
-        made = job.made.get(step)
-        if made is not None:
-            tools = ", ".join(f"{name} {version}" for name, version in made.stored.artifact.tools.items())
-            found.append((step, f"{made.stored.digest[:16]} · {tools}" if tools else made.stored.digest[:16]))
-    return found
-
-
-def _strip(cells: list[str]) -> list[str]:
-    """Cells without the markup that colours them on a terminal."""
-    from rich.text import Text
-
-    return [Text.from_markup(cell).plain for cell in cells]

@@ -15,6 +15,7 @@ SURFACE = {
     "targets": {"-C", "--json"},
     "export": {"--checkpoint", "--target", "-t", "--jobs", "-j", "-C", "--json"},
     "parity": {"--target", "-t", "-C", "--json"},
+    "quantize": {"--target", "-t", "--explain", "-C", "--json"},
     "publish": {"--checkpoint", "--target", "-t", "--bump", "--jobs", "-j", "--allow-dirty", "-C", "--json"},
     "releases": {"-C", "--json"},
     "pull": {"--to", "--from", "--target", "-t", "-C", "--json"},
@@ -31,7 +32,7 @@ def test_the_surface_is_frozen():
     group = typer.main.get_command(cli.app)
     found = {
         name: {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
-        - {"--help", "--no-json", "--no-allow-dirty"}
+        - {"--help", "--no-json", "--no-allow-dirty", "--no-explain"}
         for name, command in group.commands.items()
     }
     assert found == SURFACE

@@ -1,0 +1,166 @@
+"""All that was tried for a target, form by form, with what was found out about each: one line of a table, or JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline import choice
+from pipeline.store import Stored
+from pipeline.types import Audit, Frozen, LatencyReport, ParityReport, Scheme
+
+if TYPE_CHECKING:
+    from pipeline.job import Job
+    from pipeline.run import Verdict
+
+
+class Speed(Frozen):
+    """One timing of a candidate; the ratio says how many times faster than fp32 it is, in the same rounds."""
+
+    sizes: Mapping[str, int]
+    threads: int
+    median_ms: float
+    versus_fp32: float | None = None
+
+
+class LeftInFloat(Frozen):
+    """An operator that a scheme left in float, or that the engine runs in float all the same."""
+
+    node: str
+    module: str
+    why: str
+
+
+class Candidate(Frozen):
+    """One numeric form of one target.
+
+    Attributes:
+        method: how activation ranges were read; None where there are none to read.
+        left_in_float: operators that multiply and that this INT8 form leaves in float, by its own choice.
+        fell_back: those that the engine runs in float although the form wants them in INT8.
+        size_bytes: of the engine's files.
+        metric: of the engine on the evaluation data, and of eager fp32.
+        drop: how far the metric falls below that of eager fp32; negative where it rises.
+        sqnr_db: the worst over all outputs, on the evaluation data, against eager fp32; likewise `cosine`.
+        int8_share: share of the engine's compute that runs in INT8; `not_audited` says why it isn't known.
+        outcome: ``chosen``, or why not.
+    """
+
+    target: str
+    scheme: Scheme
+    outcome: str
+    chosen: bool = False
+    method: str | None = None
+    left_in_float: tuple[LeftInFloat, ...] = ()
+    fell_back: tuple[LeftInFloat, ...] = ()
+    size_bytes: int | None = None
+    metric: float | None = None
+    eager_metric: float | None = None
+    drop: float | None = None
+    budget: float | None = None
+    sqnr_db: float | None = None
+    cosine: float | None = None
+    speeds: tuple[Speed, ...] = ()
+    int8_share: float | None = None
+    not_audited: str | None = None
+
+
+def of(job: Job, verdict: Verdict) -> list[Candidate]:
+    """Every form of the verdict's target, in the row's order; none where nothing was built."""
+    if verdict.status == "not built here":
+        return []
+    return [_candidate(job, verdict, scheme) for scheme in verdict.target.schemes]
+
+
+def _candidate(job: Job, verdict: Verdict, scheme: Scheme) -> Candidate:
+    found: dict[str, Any] = {
+        "target": verdict.target.name,
+        "scheme": scheme,
+        "outcome": _outcome(verdict, scheme),
+        "chosen": scheme == verdict.scheme,
+    }
+    audit = verdict.audits.get(scheme)
+    if audit is not None:  # so it was built
+        graph = job.onnx(scheme).stored
+        found |= {
+            "size_bytes": job.engine(verdict.target, scheme).stored.size_bytes,
+            "method": graph.artifact.facts.get("method"),
+            "left_in_float": _left_in_float(graph, audit),
+            "fell_back": tuple(
+                LeftInFloat(
+                    node=row.node, module=row.module, why=f"the engine runs it as {row.operator} in {row.runs_in}"
+                )
+                for row in audit.rows
+                if row.fell_back
+            ),
+            "int8_share": audit.int8_share,
+            "not_audited": audit.not_audited,
+        }
+    parity = verdict.candidates.get(scheme)
+    if parity is not None:
+        found |= _accuracy(parity)
+    if verdict.latency is not None:
+        found["speeds"] = _speeds(verdict.latency, scheme)
+    return Candidate(**found)
+
+
+def _outcome(verdict: Verdict, scheme: Scheme) -> str:
+    if scheme == verdict.scheme:
+        return "chosen"
+    if scheme in verdict.left_out:
+        return verdict.left_out[scheme]
+    parity = verdict.candidates.get(scheme)
+    if parity is None:
+        return "not measured on the device" if verdict.status == "not verified" else verdict.reason
+    if not parity.passed:
+        return "; ".join(parity.reasons)
+    if verdict.latency is None or verdict.scheme is None:
+        return "within budget"
+    unpaid = choice.unpaid(verdict.latency, scheme)
+    if unpaid is not None:
+        return unpaid
+    ratio = choice.speed(verdict.latency, scheme) / choice.speed(verdict.latency, verdict.scheme)
+    return f"within budget, {ratio:.2f}x of the chosen form's speed"
+
+
+def _left_in_float(graph: Stored, audit: Audit) -> tuple[LeftInFloat, ...]:
+    because = graph.artifact.facts.get("float_because")
+    if not isinstance(because, Mapping):
+        return ()
+    modules = {row.node: row.module for row in audit.rows}
+    order = {node: place for place, node in enumerate(modules)}  # as they run
+    return tuple(
+        LeftInFloat(node=node, module=modules.get(node, ""), why=str(because[node]))
+        for node in sorted(because, key=lambda node: (order.get(node, len(order)), node))
+    )
+
+
+def _accuracy(parity: ParityReport) -> dict[str, float]:
+    metric = parity.metric
+    # indices are right or wrong: a distance between them means nothing
+    outputs = [one for one in metric.vs_eager if one.kind != "indices"]
+    found = {"metric": metric.engine, "eager_metric": metric.eager, "drop": metric.drop, "budget": metric.budget}
+    if outputs:
+        found["sqnr_db"] = min(one.sqnr_db for one in outputs)
+        found["cosine"] = min(one.cosine for one in outputs)
+    return found
+
+
+def _speeds(latency: LatencyReport, scheme: Scheme) -> tuple[Speed, ...]:
+    return tuple(
+        Speed(
+            sizes=row.sizes,
+            threads=row.threads,
+            median_ms=row.engines[scheme].median_ms,
+            versus_fp32=row.versus_fp32[scheme].median if scheme in row.versus_fp32 else None,
+        )
+        for row in latency.rows
+        if scheme in row.engines
+    )
+
+
+def versus_fp32(candidate: Candidate) -> float | None:
+    """How many times faster than fp32 a candidate is, over all that was timed; None where that wasn't measured."""
+    ratios = [speed.versus_fp32 for speed in candidate.speeds if speed.versus_fp32 is not None]
+    return math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios)) if ratios else None

@@ -1,0 +1,94 @@
+"""Pictures: the same bytes each time, nothing from outside, and every number that was drawn can be read back."""
+
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from pipeline.pictures import Point, tradeoff
+
+POINTS = (
+    Point("int8-u8s8", 12.1, 0.968, passed=True, chosen=True),
+    Point("int8-dynamic", 27.0, 0.97, passed=True, chosen=False),
+    Point("fp32", 30.2, 0.9705, passed=True, chosen=False),
+    Point("int8-u8u8", None, 0.91, passed=False, chosen=False),
+)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(points=POINTS, name="one"):
+    return tradeoff(points, 0.9705, 0.9605, "accuracy", "latency in ms", name=name)
+
+
+def test_the_same_data_are_the_same_bytes_in_every_process():
+    code = "from tests.unit.test_pictures import drawn; import sys; sys.stdout.write(drawn())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert other == drawn()
+
+
+def test_nothing_comes_from_outside_and_no_clock_is_in_it():
+    text = drawn()
+    addresses = set(re.findall(r'https?://[^"\s<]+', text))
+    assert addresses == {"http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"}  # names, not links
+    assert re.findall(r'(?:href|src)="(?!#)', text) == []
+    assert "metadata" not in text
+    assert "@import" not in text
+
+
+def test_colours_and_fonts_are_the_pages():
+    text = drawn()
+    assert set(re.findall(r"#[0-9a-f]{6}", text)) == set()
+    assert {"currentColor", "var(--soft)", "var(--good)", "var(--bad)"} <= set(
+        re.findall(r"currentColor|var\([-\w]+\)", text)
+    )
+    assert "font-family" not in text
+
+
+def test_each_mark_tells_its_numbers():
+    titles = [title.text for title in ET.fromstring(drawn()).iter(f"{SVG}title")]
+    assert titles == [
+        "int8-u8s8: 12.1 ms, 0.9680",
+        "int8-dynamic: 27 ms, 0.9700",
+        "fp32: 30.2 ms, 0.9705",
+        "int8-u8u8: not timed, 0.9100",
+    ]
+
+
+def test_two_pictures_on_a_page_share_no_identifier():
+    one, two = (set(re.findall(r'\bid="([^"]+)"', drawn(name=name))) for name in ("one", "two"))
+    assert one
+    assert not one & two
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', drawn()))
+    assert used <= one
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        pytest.param(POINTS, id="spread"),
+        pytest.param(
+            tuple(Point(f"form-{place}", 10 + place / 10, 0.97, passed=True, chosen=place == 0) for place in range(5)),
+            id="in one place",
+        ),
+        pytest.param((Point("fp32", 0.0, 0.97, passed=True, chosen=True),), id="no time at all"),
+    ],
+)
+def test_labels_lie_apart(points):
+    """Boxes as wide as the letters of a wide font, from what is written in the SVG."""
+    boxes = []
+    for node in ET.fromstring(drawn(points)).iter(f"{SVG}text"):
+        words = "".join(node.itertext())
+        if not any(words.startswith(point.label) for point in points):
+            continue
+        place = re.search(r"translate\(([-\d.]+) ([-\d.]+)\)", node.get("transform", ""))
+        x, y = map(float, place.groups() if place else (node.get("x"), node.get("y")))
+        anchor = re.search(r"text-anchor: (\w+)", node.get("style", ""))
+        width = 5.2 * len(words)
+        left = x - {"middle": width / 2, "end": width}.get(anchor.group(1) if anchor else "", 0)
+        boxes.append((left, y - 8, left + width, y + 1))
+    assert len(boxes) == len(points)
+    for place, one in enumerate(boxes):
+        for two in boxes[place + 1 :]:
+            assert one[2] <= two[0] or two[2] <= one[0] or one[3] <= two[1] or two[3] <= one[1], (one, two)
