@@ -423,6 +423,24 @@ class MaskedAttention(nn.Module):
         return x + mixed.transpose(1, 2).reshape(batch, length, 8)
 
 
+@entry([x("batch", 16, 8)])
+class WindowsWithLearnedBias(nn.Module):
+    """Attention in windows, as in Swin: the exporter lays its result out for one kernel and writes down another."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.bias = nn.Parameter(torch.linspace(-1, 1, 32).reshape(1, 2, 4, 4))
+
+    def forward(self, x):
+        windows = x.reshape(-1, 4, 8)
+        count = windows.shape[0]
+        q, k, v = (part.reshape(count, 4, 2, 4).transpose(1, 2) for part in self.qkv(windows).chunk(3, -1))
+        bias = self.bias.expand(count, 2, 4, 4).contiguous()
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return mixed.transpose(1, 2).contiguous().reshape(count, 4, 8).reshape(x.shape)
+
+
 @entry([x("batch", "seq", 8)], axes=BATCH | SEQ)
 class EncoderLayer(nn.Module):
     def __init__(self):

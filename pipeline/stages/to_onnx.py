@@ -16,6 +16,7 @@ import torch
 from onnx_ir.passes import common as passes
 from pydantic import JsonValue
 from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline import pins, recipes
 from pipeline import program as programs
@@ -26,6 +27,7 @@ from pipeline.types import Recipe
 FILE = "model.onnx"
 INLINE_BYTES = 1_900_000_000  # protobuf holds no more than 2 GiB in one message
 _RUNTIME_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
+_OTHER_LAYOUT = "Cannot view a tensor with shape"
 _OPERATOR = re.compile(r"OpOverload\(op='([\w.:]+)'")
 
 
@@ -40,7 +42,7 @@ def to_onnx(recipe: Recipe, program: Stored, out: Path, inline_bytes: int = INLI
     signature = program.signature()
     symbols = programs.axis_symbols(source, recipe)
     with programs.quiet():
-        model = _converted(recipe, source)
+        model = _converted(recipe, source, program)
         onnxscript.optimizer.optimize_ir(model)
         passes.RemoveUnusedOpsetsPass()(model)
         pins.pin(model, signature, symbols, recipe.root)
@@ -58,18 +60,32 @@ def to_onnx(recipe: Recipe, program: Stored, out: Path, inline_bytes: int = INLI
     return facts
 
 
-def _converted(recipe: Recipe, program: ExportedProgram) -> ir.Model:
+def _converted(recipe: Recipe, source: ExportedProgram, stored: Stored) -> ir.Model:
+    """The graph of `source`, which conversion changes, and which `stored` holds."""
+    translations = _translations(recipe)
     try:
-        made = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=recipe.opset,
-            optimize=False,
-            verbose=False,
-            custom_translation_table=_translations(recipe),
-        )
+        try:
+            return _exported(recipe, source, translations)
+        except torch.onnx.errors.OnnxExporterError as error:
+            if _OTHER_LAYOUT not in "\n".join(str(one) for one in _chain(error)):
+                raise
+        # torch lays the result of an attention out for one of its kernels, and then writes another one down, whose
+        # result can't be viewed alike; the plainest kernel is laid out as it is written down
+        with sdpa_kernel(SDPBackend.MATH):
+            return _exported(recipe, programs.load_program(stored, recipe), translations)
     except torch.onnx.errors.OnnxExporterError as error:
-        raise _explained(recipe, program, error) from error
+        raise _explained(recipe, source, error) from error
+
+
+def _exported(recipe: Recipe, program: ExportedProgram, translations: dict[Callable[..., Any], Any] | None) -> ir.Model:
+    made = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=recipe.opset,
+        optimize=False,
+        verbose=False,
+        custom_translation_table=translations,
+    )
     assert made is not None
     return made.model
 
@@ -109,9 +125,7 @@ def _operator(recipe: Recipe, key: Any) -> Any:
 
 
 def _explained(recipe: Recipe, program: ExportedProgram, error: BaseException) -> ConversionError:
-    chain: list[BaseException] = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
+    chain = _chain(error)
     text = "\n".join(str(one) for one in chain[::-1])
     found = _OPERATOR.search(text)
     if found is None:
@@ -131,6 +145,14 @@ def _explained(recipe: Recipe, program: ExportedProgram, error: BaseException) -
         hint=f'use other operators there, or give one: `translations = "model:translations"` that returns '
         f'{{"{name}": an onnxscript function}}',
     )
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error, what it was raised from, and so on."""
+    found = [error]
+    while found[-1].__cause__ is not None:
+        found.append(found[-1].__cause__)
+    return found
 
 
 def _user_line(program: ExportedProgram, operator: str) -> str | None:
