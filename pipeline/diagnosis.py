@@ -22,6 +22,12 @@ TOOLS: tuple[tuple[str, str], ...] = (
     ("gto", "release tags"),
     ("prefect", "flows: `pip install 'exportyard[flows]'`"),
 )
+INT8_UNITS: Mapping[str, tuple[str, ...]] = {
+    "VNNI": ("avx512_vnni", "avx_vnni"),
+    "AMX": ("amx_int8",),
+    "dot product": ("asimddp",),
+    "I8MM": ("i8mm",),
+}
 TELLING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
 
 
@@ -33,7 +39,13 @@ def host_rows() -> list[list[str]]:
         ["system", f"{host.system()} {host.machine()}"],
         ["cpu", f"{host.cpu_name()}, {host.cpu_count()} cores"],
         ["features", ", ".join(telling) or "none that matter here"],
+        ["int8", ", ".join(_int8_units()) or "no instructions for 8-bit products, so INT8 may be slower than fp32"],
     ]
+
+
+def _int8_units() -> list[str]:
+    """What this CPU has for products of 8-bit integers, by the names that vendors use."""
+    return [name for name, features in INT8_UNITS.items() if host.cpu_features().intersection(features)]
 
 
 def tool_rows() -> list[list[str]]:
