@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ from pipeline.types import Audit, Frozen, LatencyReport, ParityReport, Scheme
 if TYPE_CHECKING:
     from pipeline.job import Job
     from pipeline.run import Verdict
+
+
+SEARCH = "search.json"
 
 
 class Speed(Frozen):
@@ -32,6 +36,16 @@ class LeftInFloat(Frozen):
     why: str
 
 
+class Sensitive(Frozen):
+    """An operator that was looked at in a search for sensitive ones; `sqnr_db` is of its own output in 8 bits."""
+
+    node: str
+    operator: str = ""
+    module: str = ""
+    sqnr_db: float
+    macs_share: float | None = None
+
+
 class Candidate(Frozen):
     """One numeric form of one target.
 
@@ -39,6 +53,7 @@ class Candidate(Frozen):
         method: how activation ranges were read; None where there are none to read.
         left_in_float: operators that multiply and that this INT8 form leaves in float, by its own choice.
         fell_back: those that the engine runs in float although the form wants them in INT8.
+        sensitive: operators by what 8 bits cost them, the most sensitive first; empty where no search was made.
         size_bytes: of the engine's files.
         metric: of the engine on the evaluation data, and of eager fp32.
         drop: how far the metric falls below that of eager fp32; negative where it rises.
@@ -54,6 +69,7 @@ class Candidate(Frozen):
     method: str | None = None
     left_in_float: tuple[LeftInFloat, ...] = ()
     fell_back: tuple[LeftInFloat, ...] = ()
+    sensitive: tuple[Sensitive, ...] = ()
     size_bytes: int | None = None
     metric: float | None = None
     eager_metric: float | None = None
@@ -94,6 +110,7 @@ def _candidate(job: Job, verdict: Verdict, scheme: Scheme) -> Candidate:
                 for row in audit.rows
                 if row.fell_back
             ),
+            "sensitive": ranking(graph),
             "int8_share": audit.int8_share,
             "not_audited": audit.not_audited,
         }
@@ -134,6 +151,28 @@ def _left_in_float(graph: Stored, audit: Audit) -> tuple[LeftInFloat, ...]:
         LeftInFloat(node=node, module=modules.get(node, ""), why=str(because[node]))
         for node in sorted(because, key=lambda node: (order.get(node, len(order)), node))
     )
+
+
+def ranking(graph: Stored) -> tuple[Sensitive, ...]:
+    """The ranked operators in the ``search.json`` that a search for sensitive ones leaves beside a graph."""
+    if SEARCH not in graph.artifact.files:
+        return ()
+    return tuple(
+        Sensitive(**{name: row[name] for name in Sensitive.model_fields if name in row})
+        for row in _rows(json.loads(graph.file(SEARCH).read_text()))
+    )
+
+
+def _rows(data: Any) -> list[dict[str, Any]]:
+    """The first list of operators with a ``sqnr_db`` in the file, which keeps other things, too."""
+    if (
+        isinstance(data, list)
+        and data
+        and all(isinstance(row, dict) and {"node", "sqnr_db"} <= set(row) for row in data)
+    ):
+        return data
+    inner = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    return next((found for value in inner if (found := _rows(value))), [])
 
 
 def _accuracy(parity: ParityReport) -> dict[str, float]:

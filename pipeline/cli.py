@@ -223,6 +223,7 @@ def quantize(
         if explain:
             console.table(summary.SPEED_COLUMNS, summary.speed_rows(tried), numbers=summary.SPEED_NUMBERS)
             console.table(summary.FLOAT_COLUMNS, summary.float_rows(tried))
+            console.table(summary.SENSITIVE_COLUMNS, summary.sensitive_rows(tried), numbers=summary.SENSITIVE_NUMBERS)
         for verdict in verdicts:
             if explain or not candidates.of(job, verdict):
                 print(f"{verdict.target.name}: {verdict.scheme or verdict.status}: {verdict.reason}")

@@ -48,6 +48,9 @@ CANDIDATE_COLUMNS = (
 CANDIDATE_NUMBERS = CANDIDATE_COLUMNS[3:12]
 SPEED_COLUMNS = ("target", "scheme", "timed at", "latency", "vs fp32")
 SPEED_NUMBERS = SPEED_COLUMNS[3:]
+SENSITIVE_COLUMNS = ("target", "scheme", "rank", "operator", "module", "own SQNR", "of compute")
+SENSITIVE_NUMBERS = ("rank", "own SQNR", "of compute")
+MOST_SENSITIVE = 10
 FLOAT_COLUMNS = ("target", "scheme", "in float", "why")
 COLOURS = {"passed": "green", "failed": "red", "not built here": "yellow", "not verified": "yellow"}
 
@@ -138,6 +141,23 @@ def float_rows(tried: Sequence[Candidate]) -> list[list[str]]:
         ]
         for one in tried
         for found in (*one.fell_back, *one.left_in_float)
+    ]
+
+
+def sensitive_rows(tried: Sequence[Candidate]) -> list[list[str]]:
+    """The operators that 8 bits cost most, of each form that was searched for them."""
+    return [
+        [
+            one.target,
+            one.scheme,
+            str(rank),
+            escape(found.operator or found.node),
+            escape(found.module or found.node),
+            decibels(found.sqnr_db),
+            "" if found.macs_share is None else f"{found.macs_share:.1%}",
+        ]
+        for one in tried
+        for rank, found in enumerate(one.sensitive[:MOST_SENSITIVE], start=1)
     ]
 
 
