@@ -119,7 +119,22 @@ def _tensors(path: Path, loaded: object) -> tuple[State, dict[str, JsonValue]]:
                 f"the checkpoint `{path}` has a {type(value).__name__} at `{name}`, expected only tensors",
                 hint="save `model.state_dict()` alone, or under the key `state_dict`",
             )
+        odd = _oddity(value)
+        if odd is not None:
+            raise CheckpointError(
+                f"the checkpoint `{path}` has {odd} tensor at `{name}`, expected plain ones",
+                hint="save the float weights that the model was trained with, on the CPU and `.to_dense()`",
+            )
     return {str(name): value for name, value in loaded.items()}, facts
+
+
+def _oddity(value: torch.Tensor) -> str | None:
+    """What keeps a tensor's numbers from being copied, or None."""
+    if value.is_meta:
+        return "an empty (meta)"
+    if value.is_quantized:
+        return "a quantized"
+    return None if value.layout == torch.strided else "a sparse"
 
 
 def fill(model: torch.nn.Module, state: State, path: Path) -> dict[str, JsonValue]:
@@ -136,6 +151,12 @@ def fill(model: torch.nn.Module, state: State, path: Path) -> dict[str, JsonValu
     unexpected = [name for name in state if name not in own]
     if wrong or missing or unexpected:
         raise _mismatch(path, own, state, wrong, missing, unexpected)
+    imaginary = [name for name in own if name in state and state[name].is_complex() and not own[name].is_complex()]
+    if imaginary:
+        raise CheckpointError(
+            f"the checkpoint `{path}` has complex numbers at {_few(imaginary)}, the model real ones",
+            hint="give the checkpoint of this model, or make the factory's parameters complex",
+        )
     model.load_state_dict(state, strict=False)
     cast = sorted({str(state[name].dtype) for name in state if state[name].dtype != own[name].dtype})
     return {"cast_from": [name.removeprefix("torch.") for name in cast]} if cast else {}

@@ -113,6 +113,15 @@ class StoreError(ExportyardError):
     exit_code = 13
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, at most 200 characters; empty when it has none, or can't be told."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # a user's exception whose own __str__ fails
+        return ""
+    return lines[0][:200] if lines else ""
+
+
 def last_line(error: BaseException) -> str:
     """The end of an exception's message, where libraries that print their own traces put the cause; 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

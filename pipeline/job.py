@@ -7,6 +7,7 @@ never loads torch.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -382,7 +383,7 @@ def check_checkpoint_file(path: Path) -> None:
     Raises:
         CheckpointError: missing, a folder, or of an unknown kind.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110  unlike `exists`, it takes any text for a path
         close = nearest(path.name, [entry.name for entry in path.parent.glob("*")]) if path.parent.is_dir() else None
         raise CheckpointError(
             f"there is no checkpoint `{path}`",

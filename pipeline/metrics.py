@@ -31,23 +31,34 @@ def evaluate(recipe: Recipe, outputs: Outputs, labels: Outputs, reference: Outpu
     metric = recipe.evaluation.metric
     if recipes.is_code(metric):
         value = recipes.call(recipe, metric, "evaluation.metric", list(outputs), list(labels))
-    elif metric == "accuracy":
-        value = _accuracy(recipe, outputs, labels)
-    elif metric == "agreement":
-        value = _agreement(recipe, outputs, reference)
-    elif metric == "cosine":
-        name = recipe.outputs[0].name
-        value = compare.row_cosine([one[name] for one in reference], [one[name] for one in outputs])
+    elif metric in BUILT_IN:
+        try:
+            value = _built_in(recipe, metric, outputs, labels, reference)
+        except (ValueError, TypeError) as error:  # numpy's, about shapes: no class to choose from, other labels
+            raise RecipeError(
+                f"recipe `{recipe.name}`: metric `{metric}` can't be told from output `{recipe.outputs[0].name}`"
+                f" and these evaluation data: {error}",
+                hint="see whether output and labels fit together, or give a `module:callable` of your own",
+            ) from error
     else:
-        error = unknown("metric", metric, BUILT_IN)
-        raise RecipeError(error.message, hint=f"{error.hint}; or give `module:callable`")
+        found = unknown("metric", metric, BUILT_IN)
+        raise RecipeError(found.message, hint=f"{found.hint}; or give `module:callable`")
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise RecipeError(f"metric `{metric}` returned {value!r}", hint="return one number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise RecipeError(f"metric `{metric}` returned {value!r:.100}", hint="return one number") from None
     if not np.isfinite(number):
         raise RecipeError(f"metric `{metric}` is {number}", hint="see whether the evaluation data fit the model")
     return number
+
+
+def _built_in(recipe: Recipe, metric: str, outputs: Outputs, labels: Outputs, reference: Outputs) -> float:
+    if metric == "accuracy":
+        return _accuracy(recipe, outputs, labels)
+    if metric == "agreement":
+        return _agreement(recipe, outputs, reference)
+    name = recipe.outputs[0].name
+    return float(compare.row_cosine([one[name] for one in reference], [one[name] for one in outputs]))
 
 
 def _accuracy(recipe: Recipe, outputs: Outputs, labels: Outputs) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline import digest, host, targets
-from pipeline.errors import ExportyardError, RecipeError, unknown
+from pipeline.errors import ExportyardError, RecipeError, first_line, unknown
 from pipeline.types import Recipe
 
 _import_lock = threading.RLock()
@@ -34,6 +34,9 @@ def read(folder: Path, name: str, known: Iterable[str]) -> Recipe:
         raise unknown("recipe", name, known, where=str(folder))
     path = folder / name / "recipe.toml"
     table = targets.read_toml(path)
+    ours = {"folder", "root"} & set(table)
+    if ours:
+        raise RecipeError(f"`{path}`: unknown key `{min(ours)}`", hint="take it out; a recipe's place is its folder's")
     try:
         recipe = Recipe.model_validate({**table, "folder": path.parent, "root": folder.parent})
     except ValidationError as error:
@@ -149,7 +152,9 @@ def resolve(recipe: Recipe, source: str, setting: str) -> Callable[..., Any]:
         _use_code_of(recipe)
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # see `call`
             raise fault(recipe, f"can't import `{module_name}` (setting `{setting}`)", error) from error
     found = getattr(module, attribute, None)
     if found is None:
@@ -170,9 +175,9 @@ def call(recipe: Recipe, source: str, setting: str, *arguments: Any) -> Any:
     function = resolve(recipe, source, setting)
     try:
         return function(*arguments)
-    except ExportyardError:
+    except (ExportyardError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # `sys.exit()` there would end the command, and look like success
         raise fault(recipe, f'`{setting} = "{source}"` raised', error) from error
 
 
@@ -184,10 +189,9 @@ def fault(recipe: Recipe, what: str, error: BaseException) -> RecipeError:
     else:
         mine = [frame for frame in frames if is_users(frame.filename, recipe.root)]
         frame = mine[-1] if mine else (frames[-1] if frames else None)
-        where = f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown place"
-    first = (str(error).strip().splitlines() or [""])[0]
+        where = f"{frame.filename}:{frame.lineno}: {(frame.line or '')[:160]}" if frame else "unknown place"
     return RecipeError(
-        f"recipe `{recipe.name}`: {what}: {type(error).__name__}: {first}\n  at {where}",
+        f"recipe `{recipe.name}`: {what}: {type(error).__name__}: {first_line(error)}\n  at {where}",
         hint="correct the code there; it runs outside exportyard too, so a debugger can be used on it",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline import program as programs
 from pipeline import samples
+from pipeline.errors import CaptureError, ConversionError, DataError, ExportyardError, first_line
 from pipeline.samples import Sample
 from pipeline.store import Stored
 from pipeline.types import Recipe, Runner
@@ -48,31 +50,38 @@ def eager(program: Stored, threads: int | None = None) -> Iterator[Runner]:
         torch.set_num_threads(before)
 
 
-@contextlib.contextmanager
-def as_written(model: Stored) -> Iterator[Runner]:
-    """An ONNX graph run by ONNX Runtime with every optimisation off: what the file says, and nothing else."""
+def written(path: Path) -> Runner:
+    """An ONNX graph run by ONNX Runtime with every optimisation off: what the file says, on any processor alike."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        str(model.file("model.onnx")), sess_options=options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(str(path), sess_options=options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def run(feeds: Tensors) -> Outputs:
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
-    yield run
+    return run
+
+
+@contextlib.contextmanager
+def as_written(model: Stored) -> Iterator[Runner]:
+    """`written`, for an artifact."""
+    yield written(model.file("model.onnx"))
 
 
 class Answers:
     """What eager fp32 and the ONNX graphs of one recipe answer; each question is asked once.
 
     Several engines are compared with the same answers, so these are kept while one export runs.
+
+    Attributes:
+        program: artifact that eager fp32 runs.
+        data: artifact with the calibration and evaluation samples.
     """
 
     def __init__(self, recipe: Recipe, program: Stored, data: Stored) -> None:
-        self._recipe, self._program, self._data = recipe, program, data
+        self._recipe, self.program, self.data = recipe, program, data
         self._sized: dict[tuple[str, str], Outputs] = {}
         self._evaluated: list[tuple[Sample, Outputs]] | None = None
         self._stack = contextlib.ExitStack()
@@ -100,22 +109,45 @@ class Answers:
         """Every evaluation sample, with what the program answers to it."""
         if self._evaluated is None:
             run = self._eager()
-            found = samples.samples(self._recipe, self._data, "evaluation")
-            self._evaluated = [(sample, run(sample.feeds)) for sample in found]
+            found = samples.samples(self._recipe, self.data, "evaluation")
+            self._evaluated = [(sample, self._ask(run, place, sample)) for place, sample in enumerate(found)]
         return self._evaluated
+
+    def _ask(self, run: Runner, place: int, sample: Sample) -> Outputs:
+        try:
+            return dict(run(sample.feeds))
+        except Exception as error:  # an index that the model has no row for, say
+            raise DataError(
+                f"recipe `{self._recipe.name}`, [evaluation] sample {place}: the model fails on it:"
+                f" {type(error).__name__}: {first_line(error)}",
+                hint="see whether its values and sizes are such as the model takes",
+            ) from error
 
     def _answer(self, who: str, runner: Any, sizes: Mapping[str, int]) -> Outputs:
         key = (who, str(sorted(sizes.items())))
         if key not in self._sized:
-            self._sized[key] = runner()(self.feeds(sizes))
+            run, feeds = runner(), self.feeds(sizes)
+            try:
+                self._sized[key] = run(feeds)
+            except Exception as error:  # torch's and ONNX Runtime's own
+                raise _failure(self._recipe, who, sizes, error) from error
         return self._sized[key]
 
     def _eager(self) -> Runner:
         if "eager" not in self._runners:
-            self._runners["eager"] = self._stack.enter_context(eager(self._program))
+            self._runners["eager"] = self._stack.enter_context(eager(self.program))
         return self._runners["eager"]
 
     def _written(self, model: Stored) -> Runner:
         if model.digest not in self._runners:
             self._runners[model.digest] = self._stack.enter_context(as_written(model))
         return self._runners[model.digest]
+
+
+def _failure(recipe: Recipe, who: str, sizes: Mapping[str, int], error: Exception) -> ExportyardError:
+    where = ", ".join(f"{name} = {size}" for name, size in sizes.items()) or "its only size"
+    what, kind = ("model", CaptureError) if who == "eager" else ("ONNX graph", ConversionError)
+    return kind(
+        f"recipe `{recipe.name}`: the {what} fails at {where}: {type(error).__name__}: {first_line(error)}",
+        hint="narrow [axes] or the `range` of [[inputs]] in recipe.toml to what the model can take",
+    )

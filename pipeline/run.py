@@ -16,7 +16,7 @@ from typing import Literal, Protocol, cast, get_args
 from pipeline import backends, choice, errors, store
 from pipeline import targets as rows_of
 from pipeline.errors import BuildError, ExportyardError, ParityError, ReleaseError, UnavailableError
-from pipeline.job import Job, Maker, Work
+from pipeline.job import Job, Maker, Work, check_checkpoint_file
 from pipeline.store import Key, Made, Stored
 from pipeline.types import Audit, Chosen, LatencyReport, ParityReport, Reporter, Scheme, Target, no_report
 from pipeline.workspace import Workspace
@@ -98,13 +98,11 @@ def prepare(
     chosen = rows_of.select(rows, names)
     for target in chosen:
         rows_of.check_options(target, backends.find(target.backend).option_names)
+    if checkpoint is not None:
+        check_checkpoint_file(checkpoint)
     job = Job(workspace, found, chosen, checkpoint and checkpoint.resolve(), report)
     if maker is not None:
         job.maker = maker
-    if checkpoint is not None:
-        from pipeline.job import check_checkpoint_file
-
-        check_checkpoint_file(checkpoint)
     return job
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from pipeline import lint, recipes
-from pipeline.errors import DataError, RecipeError, UsageError, nearest
+from pipeline.errors import DataError, ExportyardError, RecipeError, UsageError, nearest
 from pipeline.lint import Spread
 from pipeline.store import Stored
 from pipeline.types import InputSpec, Recipe, TensorSpec
@@ -70,7 +70,13 @@ def feeds(recipe: Recipe, sizes: Mapping[str, int], seed: int) -> dict[str, Arra
     """
     if recipe.feeds is None:
         rng = np.random.default_rng(seed)
-        return {spec.name: _draw(spec, shape_at(spec, sizes), rng) for spec in recipe.inputs}
+        try:
+            return {spec.name: _draw(spec, shape_at(spec, sizes), rng) for spec in recipe.inputs}
+        except (MemoryError, ValueError) as error:  # a ValueError for sizes whose product is no number of elements
+            raise RecipeError(
+                f"recipe `{recipe.name}`: inputs at {dict(sizes)} don't fit into memory: {error}",
+                hint="lower `max` in [axes], or the sizes in [[inputs]]",
+            ) from None
     made = recipes.call(recipe, recipe.feeds, "feeds", dict(sizes), seed)
     if not isinstance(made, Mapping):
         raise RecipeError(f"`feeds` returned a {type(made).__name__}", hint="return a dict of arrays by input name")
@@ -182,7 +188,9 @@ def _from_code(recipe: Recipe, which: str, source: str, where: str) -> Iterator[
             item = next(made)
         except StopIteration:
             return
-        except Exception as error:
+        except (ExportyardError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # as `recipes.call`
             raise recipes.fault(recipe, f'`{which}.data = "{source}"` raised', error) from error
         if not isinstance(item, Mapping):
             raise DataError(f"{where} yielded a {type(item).__name__}", hint="yield dicts of arrays by input name")

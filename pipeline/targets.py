@@ -82,12 +82,18 @@ def read_toml(path: Path) -> dict[str, object]:
     Raises:
         WorkspaceError: it can't be read or isn't TOML; the line is named.
     """
+    if path.exists() and not path.is_file():
+        raise WorkspaceError(f"`{path}` is not a file", hint="put a text file there")
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise WorkspaceError(f"`{path}` is missing", hint="`exportyard init DIR` writes a workspace with one") from None
     except (OSError, UnicodeDecodeError) as error:
         raise WorkspaceError(f"can't read `{path}`: {error}", hint="see whether it is a readable text file") from None
+    except RecursionError:
+        raise WorkspaceError(
+            f"`{path}` is nested too deeply", hint="no key of it needs more than three levels"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise WorkspaceError(f"`{path}` is not valid TOML: {error}", hint="correct the line that it names") from None
 

@@ -12,7 +12,7 @@ import torch
 
 from pipeline import program as programs
 from pipeline import ranges, samples
-from pipeline.errors import CaptureError
+from pipeline.errors import CaptureError, first_line
 from pipeline.types import Recipe
 
 SEED = 20
@@ -81,7 +81,9 @@ class Answer:
         try:
             with torch.no_grad():
                 returned = model(*given)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # `sys.exit()` too
             raise _failure(recipe, "the model itself", sizes, error) from error
         for name, value in model.named_buffers():
             if name in state and not torch.equal(torch.nan_to_num(state[name]), torch.nan_to_num(value)):
@@ -108,11 +110,10 @@ def tensors(recipe: Recipe, sizes: Mapping[str, int]) -> tuple[torch.Tensor, ...
     )
 
 
-def _failure(recipe: Recipe, what: str, sizes: Mapping[str, int], error: Exception) -> CaptureError:
+def _failure(recipe: Recipe, what: str, sizes: Mapping[str, int], error: BaseException) -> CaptureError:
     line = ranges.user_line(list(traceback.extract_tb(error.__traceback__)), recipe.root)
-    first = (str(error).strip().splitlines() or [""])[0]
     return CaptureError(
-        f"recipe `{recipe.name}`: {what} fails{_at(sizes)}: {type(error).__name__}: {first[:200]}"
+        f"recipe `{recipe.name}`: {what} fails{_at(sizes)}: {type(error).__name__}: {first_line(error)}"
         + (f"\n  at {line}" if line else ""),
         hint="see whether [[inputs]] (order, dtype, shape, range) and [axes] in recipe.toml fit the model",
     )

@@ -6,6 +6,7 @@ Shapes are written with axis names where a dimension is dynamic: ``["batch", 3, 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -36,6 +37,18 @@ Sizes = Mapping[str, int]
 # what a git tag, a DVC stage and a file name all take
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_-]*[a-z0-9])?$")]
 Dim = int | str
+LARGEST = 2**31 - 1  # of sizes and counts: what every engine's index takes
+_LIMITS: Mapping[DType, tuple[float, float]] = {
+    "float32": (-3.4e38, 3.4e38),
+    "float64": (-1e308, 1e308),
+    "float16": (-65504, 65504),
+    "int64": (-(2**63), 2**63 - 1),
+    "int32": (-(2**31), 2**31 - 1),
+    "int16": (-(2**15), 2**15 - 1),
+    "int8": (-128, 127),
+    "uint8": (0, 255),
+    "bool": (0, 1),
+}
 
 
 def _tuple(value: Any) -> Any:
@@ -56,9 +69,9 @@ class Frozen(BaseModel):
 class Axis(Frozen):
     """A dynamic dimension: sizes that engines must serve, and the one they are tuned for."""
 
-    min: int = Field(ge=1)
-    opt: int = Field(ge=1)
-    max: int = Field(ge=1)
+    min: int = Field(ge=1, le=LARGEST)
+    opt: int = Field(ge=1, le=LARGEST)
+    max: int = Field(ge=1, le=LARGEST)
 
     @model_validator(mode="after")
     def _ordered(self) -> Axis:
@@ -79,6 +92,19 @@ class InputSpec(Frozen):
     dtype: DType
     shape: tuple[Dim, ...]
     range: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> InputSpec:
+        for size in self.shape:
+            if isinstance(size, int) and not 1 <= size <= LARGEST:
+                raise ValueError(f"input `{self.name}`: {size} is no size; expected 1 or more, or an axis name")
+        lowest, highest = _LIMITS[self.dtype]
+        if self.range is not None and not lowest <= self.range[0] <= self.range[1] <= highest:
+            low, high = self.range
+            raise ValueError(
+                f"input `{self.name}`: range [{low:g}, {high:g}] must be lowest, highest, within {self.dtype}"
+            )
+        return self
 
 
 class OutputSpec(Frozen):
@@ -128,6 +154,8 @@ class Tolerance(Frozen):
     def _bounded(self) -> Tolerance:
         if not self.model_fields_set:
             raise ValueError("a tolerance needs at least one bound, such as `cosine = 0.999`")
+        if self.sqnr_db is not None and math.isnan(self.sqnr_db):
+            raise ValueError("`sqnr_db` is nan, which bounds nothing")
         return self
 
 
@@ -141,7 +169,7 @@ class Calibration(Frozen):
     """
 
     data: str
-    samples: int = Field(default=256, ge=1)
+    samples: int = Field(default=256, ge=1, le=LARGEST)
     method: RangeMethod = "minmax"
 
 
@@ -155,7 +183,7 @@ class Evaluation(Frozen):
 
     data: str
     metric: str
-    samples: int = Field(default=1024, ge=1)
+    samples: int = Field(default=1024, ge=1, le=LARGEST)
     higher_is_better: bool = True
 
 
@@ -168,9 +196,20 @@ class Budget(Frozen):
         min_int8_share: least share of an INT8 engine's compute that must run in INT8; see `Audit`.
     """
 
-    drop: float = Field(ge=0)
+    drop: float = Field(ge=0, allow_inf_nan=False)
     vs_eager: Tolerance | None = None
     min_int8_share: float | None = Field(default=None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _finite(self) -> Budget:
+        if self.vs_eager is not None and math.inf in self.vs_eager.model_dump().values():
+            raise ValueError("a bound in `vs_eager` must be finite; one that is left out isn't checked")
+        return self
+
+
+def _is_callable(source: str) -> bool:
+    module, colon, name = source.partition(":")
+    return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 class Recipe(Frozen):
@@ -199,7 +238,7 @@ class Recipe(Frozen):
     calibration: Calibration | None = None
     evaluation: Evaluation
     budget: Budget
-    targets: tuple[str, ...] | None = None
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
     folder: Path = Field(exclude=True, repr=False)
     root: Path = Field(exclude=True, repr=False)
 
@@ -207,6 +246,10 @@ class Recipe(Frozen):
     def _consistent(self) -> Recipe:
         if self.checkpoint is None and self.train is None:
             raise ValueError("needs `checkpoint` (a file) or `train` (a callable that writes one)")
+        for setting in ("train", "factory", "feeds", "translations"):
+            source = getattr(self, setting)
+            if source is not None and not _is_callable(source):
+                raise ValueError(f'`{setting} = "{source}"` is not `module:name`, such as `model:build`')
         for what, names in (
             ("input", [spec.name for spec in self.inputs]),
             ("output", [spec.name for spec in self.outputs]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +53,8 @@ def find(start: Path) -> Workspace:
     Raises:
         WorkspaceError: there is none.
     """
-    start = start.resolve()
-    if not start.is_dir():
+    start = Path(os.path.realpath(start))  # unlike `resolve`, it doesn't stumble over a loop of links
+    if not os.path.isdir(start):  # noqa: PTH112  unlike `is_dir`, it takes any text for a path
         raise WorkspaceError(f"`{start}` is not a folder", hint="give an existing workspace with `-C DIR`")
     for folder in (start, *start.parents):
         if (folder / ROWS).is_file() and (folder / "recipes").is_dir():

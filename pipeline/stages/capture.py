@@ -14,7 +14,7 @@ from torch.fx.experimental import _config as symbolic  # torch has no public swi
 from pipeline import breaks, ranges, recipes
 from pipeline import checkpoint as checkpoints
 from pipeline import program as programs
-from pipeline.errors import CaptureError, CheckpointError, RecipeError
+from pipeline.errors import CaptureError, CheckpointError, ExportyardError, RecipeError
 from pipeline.store import Stored, write_json
 from pipeline.trial import Answer, Flat, compare, dtype_of, tensors
 from pipeline.types import Recipe, Signature, TensorSpec
@@ -72,8 +72,16 @@ def _model(recipe: Recipe, path: Path) -> tuple[torch.nn.Module, dict[str, JsonV
             hint="return a torch.nn.Module",
         )
     state, facts = checkpoints.read(path)
-    facts |= checkpoints.fill(model, state, path)
-    return model.cpu().eval(), {"source": path.suffix.removeprefix("."), **facts}
+    try:
+        facts |= checkpoints.fill(model, state, path)
+        model.cpu()
+        model.eval()
+    except ExportyardError:
+        raise
+    except Exception as error:  # a module's own hooks, or parameters without memory
+        what = f'the model of `factory = "{recipe.factory}"` does not take its weights'
+        raise recipes.fault(recipe, what, error) from error
+    return model, {"source": path.suffix.removeprefix("."), **facts}
 
 
 def _saved(recipe: Recipe, path: Path) -> torch.nn.Module:

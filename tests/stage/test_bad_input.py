@@ -1,5 +1,6 @@
 """Whatever a user gets wrong: exit code, at most ten lines, the value at fault, a hint, and nothing lost."""
 
+import os
 import re
 from pathlib import Path
 from textwrap import dedent
@@ -9,7 +10,9 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from pipeline import cli, store
+from pipeline import cli, samples, store
+from pipeline.errors import RecipeError
+from pipeline.workspace import Workspace
 from tests import workspaces
 
 FOLDER = Path("recipes/tiny")
@@ -307,3 +310,144 @@ def test_data_code_that_raises_half_way(root, failing):
     err = failing(4, "export", "tiny")
     assert "ZeroDivisionError" in err
     assert "data.py:5" in err
+
+
+# --- what no recipe can mean ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("max = 4", "max = 99999999999", "axes.batch.max"),
+        ('["batch", 1, 8, 8]', '["batch", -1, 8, 8]', "-1 is no size"),
+        ("[0.0, 1.0]", "[1.0, 0.0]", "range [1, 0]"),
+        ("[0.0, 1.0]", "[nan, nan]", "range [nan, nan]"),
+        ("[0.0, 1.0]", "[-inf, inf]", "range [-inf, inf]"),
+        ("[0.0, 1.0]", "[0.0, 1e300]", "within float32"),
+        ("drop = 0.05", "drop = inf", "budget.drop"),
+        ("drop = 0.05", "drop = 0.05\nvs_eager = { max_abs = inf }", "must be finite"),
+        ("drop = 0.05", "drop = 0.05\nvs_eager = { sqnr_db = nan }", "bounds nothing"),
+        ('"calibration.npz"', '"calibration.npz"\nsamples = 9223372036854775808', "calibration.samples"),
+        ("[axes]", "targets = []\n[axes]", "`targets`"),
+        ("[axes]", 'folder = "/"\n[axes]', "unknown key `folder`"),
+        ("model:build", ":", "is not `module:name`"),
+        ("model:build", "...:build", "is not `module:name`"),
+        ("model:build", "model.build", "is not `module:name`"),
+    ],
+)
+def test_a_value_that_means_nothing(root, failing, old, new, said):
+    edit(root / FOLDER / "recipe.toml", old, new)
+    assert said in failing(4, "recipes")
+
+
+def test_inputs_that_no_memory_can_hold(root):
+    edit(root / FOLDER / "recipe.toml", "max = 4", "max = 2147483647")
+    edit(root / FOLDER / "recipe.toml", '["batch", 1, 8, 8]', '["batch", 1, 80000, 80000]')
+    with pytest.raises(RecipeError, match="don't fit into memory"):
+        samples.feeds(Workspace(root).recipe("tiny"), {"batch": 2147483647}, 0)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000, "\ufeffname = 1"])
+def test_a_recipe_that_no_parser_reads(root, failing, text):
+    (root / FOLDER / "recipe.toml").write_text(text)
+    assert "recipe.toml" in failing(3, "export", "tiny")
+
+
+def test_a_recipe_that_is_a_pipe(root, failing):
+    (root / FOLDER / "recipe.toml").unlink()
+    os.mkfifo(root / FOLDER / "recipe.toml")
+    assert "is not a file" in failing(3, "export", "tiny")
+
+
+@pytest.mark.parametrize("name", ["loop.pt", "a" * 300 + ".pt"])
+def test_a_checkpoint_that_no_file_can_be(root, failing, name):
+    if name == "loop.pt":
+        (root / name).symlink_to(root / name)
+    assert "there is no checkpoint" in failing(5, "export", "tiny", "--checkpoint", str(root / name))
+
+
+@pytest.mark.parametrize("name", ["loop", "a" * 300])
+def test_a_workspace_that_no_folder_can_be(tmp_path, capsys, name):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert cli._run(["export", "tiny", "-C", str(tmp_path / name)]) == 3
+    assert "is not a folder" in capsys.readouterr().err
+
+
+ODD = {
+    "a sparse": torch.Tensor.to_sparse,
+    "an empty (meta)": lambda value: value.to("meta"),
+    "complex numbers": lambda value: value.to(torch.complex64),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_checkpoint_of_odd_tensors(root, failing, kind):
+    state = {name: torch.from_numpy(value) for name, value in workspaces.weights().items()}
+    torch.save(state | {"head.weight": ODD[kind](state["head.weight"])}, root / "odd.pt")
+    err = failing(5, "export", "tiny", "--checkpoint", str(root / "odd.pt"))
+    assert kind in err
+    assert "head.weight" in err
+
+
+# --- code that does what it should not ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["import sys\nsys.exit(0)", "import sys\n\ndef build():\n    sys.exit(0)\n"])
+def test_code_that_ends_the_program(root, failing, where):
+    model(root, where)
+    err = failing(4, "export", "tiny")
+    assert "SystemExit" in err
+    assert "model.py" in err
+
+
+def test_data_that_ends_the_program(root, failing):
+    (root / FOLDER / "data.py").write_text("import sys\n\ndef some():\n    sys.exit(0)\n    yield {}\n")
+    edit(root / FOLDER / "recipe.toml", '"calibration.npz"', '"data:some"')
+    assert "SystemExit" in failing(4, "export", "tiny")
+
+
+def test_a_forward_that_ends_the_program(root, failing):
+    model(
+        root,
+        """
+        import sys
+
+        class Leaves(Tiny):
+            def forward(self, images):
+                sys.exit(0)
+
+        def build():
+            return Leaves()
+        """,
+    )
+    assert "SystemExit" in failing(7, "export", "tiny")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "def eval(self):\n        raise RuntimeError('mine')",
+        "def state_dict(self, *args, **kwargs):\n        raise RuntimeError('mine')",
+    ],
+)
+def test_a_model_whose_own_methods_fail(root, failing, body):
+    model(root, f"class Odd(Tiny):\n    {body}\n\ndef build():\n    return Odd()\n")
+    assert "mine" in failing(4, "export", "tiny")
+
+
+def test_an_exception_that_can_not_be_told(root, failing):
+    code = "class Mute(Exception):\n    def __str__(self):\n        raise ValueError\n\n"
+    model(root, code + "def build():\n    raise Mute\n")
+    assert "Mute" in failing(4, "export", "tiny")
+
+
+def test_a_message_without_end(root, failing):
+    model(root, "def build():\n    raise ValueError('x' * 50_000)\n")
+    assert len(failing(4, "export", "tiny")) < 2000
+
+
+@pytest.mark.parametrize("value", ["1j", "None", "'good'", "10**400", "float('nan')"])
+def test_a_metric_that_is_no_number(root, failing, value):
+    (root / FOLDER / "score.py").write_text(f"def score(outputs, labels):\n    return {value}\n")
+    edit(root / FOLDER / "recipe.toml", '"agreement"', '"score:score"')
+    assert "metric `score:score`" in failing(4, "export", "tiny", "--target", "any-echo")
