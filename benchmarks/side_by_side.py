@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from pathlib import Path
 
 from pipeline import compare, host, metrics, samples
 from pipeline.job import Job
-from pipeline.stages.benchmark import interleaved
 from pipeline.types import Runner, Sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "linux-x86_64-vnni-onnxruntime"
 NOISE = 0.97  # two runs of one engine differ by less than this
+BURST_S = 0.02  # least length of a turn
+LEAST_ROUNDS = 7
 
 Loader = Callable[[int], AbstractContextManager[Runner]]
 """Loads an engine for a number of threads."""
@@ -38,6 +40,11 @@ class Ratio:
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
 
+    @property
+    def slower(self) -> bool:
+        """Whether it is slower than the base by more than noise, and three quarters of the rounds say so."""
+        return self.median < NOISE and self.high < 1
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -53,21 +60,49 @@ class Quality:
 
 
 def speeds(
-    job: Job, loaders: Mapping[str, Loader], base: str, threads: int, sizes: Sequence[Sizes], blocks: int
+    job: Job, loaders: Mapping[str, Loader], base: str, threads: int, sizes: Sequence[Sizes], seconds: float
 ) -> list[dict[str, Ratio]]:
-    """Time all engines in turn, at each of `sizes`; `blocks` times what the pipeline's own benchmark does."""
+    """Time all engines in turn, for about `seconds` at each of `sizes`.
+
+    With one thread an engine's time is what the process used of the CPU, which doesn't count the time that other
+    processes had it; several threads wait for each other, so there it is what the clock on the wall says.
+    """
+    clock = time.process_time if threads == 1 else time.perf_counter
     found = []
     with contextlib.ExitStack() as stack:
         runners = {name: stack.enter_context(load(threads)) for name, load in loaders.items()}
         for one in sizes:
             feeds = samples.feeds(job.recipe, one, seed=1)
-            calls = {name: partial(run, feeds) for name, run in runners.items()}
-            seconds: dict[str, list[float]] = {name: [] for name in calls}
-            for _ in range(blocks):
-                for name, block in interleaved(calls).items():
-                    seconds[name] += block
-            found.append({name: _ratio(seconds[base], own) for name, own in seconds.items()})
+            spent = turns({name: partial(run, feeds) for name, run in runners.items()}, seconds, clock)
+            found.append({name: _ratio(spent[base], own) for name, own in spent.items()})
     return found
+
+
+def turns(
+    calls: Mapping[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """What a call of each costs by `clock` in each round; each round begins with another one than the round before.
+
+    Written apart from the pipeline's own timing, which it checks.
+    """
+    costs = {name: _turn(call, 1, time.perf_counter) for name, call in calls.items()}
+    bursts = {name: max(1, min(200, int(BURST_S / cost))) for name, cost in costs.items()}
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    order, end = list(calls), time.perf_counter() + seconds
+    while len(found[order[0]]) < LEAST_ROUNDS or time.perf_counter() < end:
+        for name in order:
+            found[name].append(_turn(calls[name], bursts[name], clock))
+        order.append(order.pop(0))
+    return found
+
+
+def _turn(call: Callable[[], object], burst: int, clock: Callable[[], float]) -> float:
+    """Seconds a call, after one that isn't counted: caches are cold, and the engine before may still be busy."""
+    call()
+    begun = clock()
+    for _ in range(burst):
+        call()
+    return (clock() - begun) / burst
 
 
 def _ratio(base: list[float], own: list[float]) -> Ratio:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,11 @@ def pictures(count: int, seed: int) -> Array:
     smooth = nn.functional.interpolate(coarse, (SIDE, SIDE), mode="bicubic", align_corners=True).numpy()
     grain = rng.normal(0, 0.1, smooth.shape).astype(np.float32)
     return np.clip(smooth + grain, -2.5, 2.5)
+
+
+def feeds(sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
+    """Pictures for engines to be compared on; noise is nothing that the network knows."""
+    return {"images": pictures(sizes["batch"], 300 + seed)}
 
 
 def calibration() -> Iterator[dict[str, Array]]:
