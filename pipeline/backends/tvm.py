@@ -321,7 +321,7 @@ def _compiled(module: Any, where: Any, registers: Registers) -> Any:
     import tvm
     from tvm import relax
 
-    from pipeline.tvm_passes import clipped_lookups, sorted_shape_functions
+    from pipeline.tvm_passes import clipped_lookups, counted_from_the_front, sorted_shape_functions
     from pipeline.tvm_schedules import scheduled
 
     transform = relax.transform
@@ -344,7 +344,7 @@ def _compiled(module: Any, where: Any, registers: Registers) -> Any:
     ]
     with where, tvm.transform.PassContext(opt_level=3), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = tvm.transform.Sequential(passes)(clipped_lookups(module))
+        module = tvm.transform.Sequential(passes)(counted_from_the_front(clipped_lookups(module)))
         lowering = tvm.transform.Sequential([relax.get_default_pipeline(where), sorted_shape_functions()])
         return tvm.compile(module, target=where, relax_pipeline=lowering)
 
