@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,17 +63,28 @@ class TensorStatistics:
 Statistics = Mapping[str, TensorStatistics]
 
 
-def collect(model: Path, samples: Iterable[Mapping[str, Array]], report: Reporter = no_report) -> Statistics:
+def collect(
+    model: Path,
+    samples: Iterable[Mapping[str, Array]],
+    report: Reporter = no_report,
+    wanted: Sequence[str] | None = None,
+) -> Statistics:
     """One pass of `samples` (feeds by input name) through the model; statistics of each tensor that a scheme may need.
 
     Memory doesn't grow with the number of samples, and only by a bounded amount with the size of one.
+
+    Args:
+        model: the float graph.
+        samples: feeds by input name.
+        report: told of each sample.
+        wanted: only these tensors.
 
     Raises:
         DataError: there is no sample, or the model can't run one of them.
     """
     found: dict[str, TensorStatistics] = {}
     count = 0
-    for count, feeds in enumerate(probe.over(model, samples), start=1):
+    for count, feeds in enumerate(probe.over(model, samples, wanted), start=1):
         for name, array in feeds:
             seen = observe(array)
             found[name] = joined(found[name], seen) if name in found else seen

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Work = Callable[[Path], Mapping[str, JsonValue]]
 NOT_APPLICABLE = "not-applicable.json"
+SEARCH = "search.json"
 STATIC_SCHEMES: frozenset[Scheme] = frozenset({"int8-u8s8", "int8-s8s8", "int8-u8u8"})
 
 
@@ -200,17 +201,23 @@ class Job:
         def key() -> Key:
             inputs = {"onnx": self._fp32().stored.digest}
             config: dict[str, JsonValue] = {"scheme": scheme}
-            if static:
-                inputs["statistics"] = self.statistics().stored.digest
+            tools = _tools("onnx", "onnxruntime", "onnxconverter-common")
+            if static:  # what the search measures counts, too
+                metric = self.recipe.evaluation.metric
+                inputs |= {
+                    "statistics": self.statistics().stored.digest,
+                    "program": self.program().stored.digest,
+                    "data": self.data().stored.digest,
+                    "code": recipes.code_digest(self.recipe, metric),
+                }
+                config |= self.recipe.model_dump(mode="json", include={"outputs", "evaluation", "budget"})
                 config["method"] = self.recipe.calibration.method if self.recipe.calibration else None
-            return Key("onnx", inputs, config, _tools("onnx", "onnxruntime", "onnxconverter-common"))
+                tools |= _tools("torch", "numpy") | recipes.code_tools(self.recipe, metric)
+            return Key("onnx", inputs, config, tools)
 
         def work(out: Path) -> Mapping[str, JsonValue]:
-            from pipeline.stages.quantize import quantize
-
-            ranges = self.statistics().stored if static else None
             try:
-                return quantize(self.recipe, self._fp32().stored, scheme, ranges, out, self.report)
+                return self._searched(scheme, out) if static else self._converted(scheme, out)
             except NotApplicable as error:  # a fact about the model: kept, so that it isn't found out again
                 shutil.rmtree(out)
                 out.mkdir()
@@ -218,6 +225,19 @@ class Job:
                 return {"reason": error.message}
 
         return self._make(f"onnx/{scheme}", key, work)
+
+    def _converted(self, scheme: Scheme, out: Path) -> Mapping[str, JsonValue]:
+        from pipeline.stages.quantize import quantize
+
+        return quantize(self.recipe, self._fp32().stored, scheme, None, out, self.report)
+
+    def _searched(self, scheme: Scheme, out: Path) -> Mapping[str, JsonValue]:
+        from pipeline.stages.search import search
+
+        # beside the artifacts, since it outlives an attempt that is killed
+        journal = self.folder / ".search" / f"{scheme}.jsonl"
+        ranges = self.statistics().stored
+        return search(self.recipe, self._fp32().stored, scheme, ranges, self.answers(), out, journal, self.report)
 
     def graph_steps(self, scheme: Scheme) -> Iterator[tuple[str, Callable[[], Made]]]:
         """What leads from the fp32 graph to the graph in this numeric form; nothing where it can't be made."""
@@ -260,8 +280,10 @@ class Job:
             backend = backends.find(target.backend)
             source = self.program() if backend.source(target) == "program" else self.onnx(scheme)
             config = target.model_dump(mode="json", include={"backend", "platform", "machine", "arch", "options"})
+            # how the graph was found doesn't decide what is built from it
+            files = {name: fact.sha256 for name, fact in source.stored.artifact.files.items() if name != SEARCH}
             return Key(
-                "engine", {"model": source.stored.digest}, config | {"scheme": scheme}, dict(backend.tools(target))
+                "engine", {"model": digest.of_json(files)}, config | {"scheme": scheme}, dict(backend.tools(target))
             )
 
         def work(out: Path) -> Mapping[str, JsonValue]:

@@ -173,8 +173,10 @@ def steps(job: Job, chosen: Sequence[Chosen]) -> list[Step]:
     if "statistics" in job.made:
         found.append(_step(job, "statistics", [_out(name, "onnx/fp32"), _out(name, "data")]))
     for scheme in sorted(tried):
-        ranges = [_out(name, "statistics")] if scheme in STATIC_SCHEMES else []
-        found.append(_step(job, f"onnx/{scheme}", [_out(name, "onnx/fp32"), *ranges]))
+        measured = [*(_out(name, step) for step in ("statistics", "program", "data")), *_sources(job, *metric)]
+        found.append(
+            _step(job, f"onnx/{scheme}", [_out(name, "onnx/fp32"), *(measured if scheme in STATIC_SCHEMES else [])])
+        )
     built = [target for target in job.targets if any(step.startswith(f"engine/{target.name}/") for step in job.made)]
     for target in built:
         found += _target_steps(job, target, _sources(job, *metric, *feeds))

@@ -165,12 +165,12 @@ class Calibration(Frozen):
     Attributes:
         data: a ``.npz`` or ``.safetensors`` file beside the recipe, or ``module:callable`` that yields feeds.
         samples: how many feeds to use at most.
-        method: how a range is read from the observed values.
+        method: how a range is read from the observed values; ``auto`` measures which way is best.
     """
 
     data: str
     samples: int = Field(default=256, ge=1, le=LARGEST)
-    method: RangeMethod = "minmax"
+    method: RangeMethod | Literal["auto"] = "auto"
 
 
 class Evaluation(Frozen):

@@ -64,7 +64,7 @@ def quantize(
     """Write ``model.onnx`` in the numeric form `scheme`, and ``signature.json``.
 
     Args:
-        recipe: gives the calibration method.
+        recipe: gives the range method; ``auto`` is minmax here, since only a search can measure which is best.
         fp32: the ONNX artifact to start from.
         scheme: any but fp32.
         statistics: artifact that `statistics` wrote; static schemes need it.
@@ -85,8 +85,10 @@ def quantize(
     _check_names(graph, exclude)
     before = graphs.weight_bytes(model)
     report(1, 3, what)
-    if scheme in FORMS:
-        facts = _integer(recipe, graph, scheme, statistics, exclude)
+    if FORMS.get(scheme) == "dynamic":
+        facts = _dynamic(graph, scheme, exclude)
+    elif scheme in FORMS:
+        facts = static(graph, scheme, seen(recipe, scheme, statistics), fixed_method(recipe) or "minmax", exclude)
     elif scheme == "fp16":
         facts = _half(graph, exclude)
     else:
@@ -95,7 +97,7 @@ def quantize(
             hint=f"remove `{scheme}` from the `schemes` of the target; `fp16` and the int8 schemes work",
         )
     report(2, 3, what)
-    _write(model, fp32, out)
+    write(model, fp32, out)
     report(3, 3, what)
     excluded: list[JsonValue] = [*sorted(exclude)]
     return {
@@ -113,42 +115,83 @@ def _check_names(graph: Graph, exclude: tuple[str, ...]) -> None:
             raise unknown("node", name, known)
 
 
-def _integer(
-    recipe: Recipe, graph: Graph, scheme: Scheme, stored: Stored | None, exclude: tuple[str, ...]
-) -> dict[str, JsonValue]:
-    form = FORMS[scheme]
-    known: calibrate.Statistics = {}
-    facts: dict[str, JsonValue] = {}
-    method: RangeMethod = "minmax"
-    if form != "dynamic":
-        if stored is None or recipe.calibration is None:
-            raise DataError(
-                f"scheme `{scheme}` needs calibration data, and recipe `{recipe.name}` gives none",
-                hint='add `[calibration]` with `data = "calibration.npz"` to recipe.toml, or use `int8-dynamic`',
-            )
-        known, method = calibrate.load(stored.file(STATISTICS)), recipe.calibration.method
-        facts["method"] = method
+def fixed_method(recipe: Recipe) -> RangeMethod | None:
+    """The range method that the recipe asks for, None where a measurement is to decide."""
+    method = recipe.calibration.method if recipe.calibration is not None else "auto"
+    return None if method == "auto" else method
+
+
+def seen(recipe: Recipe, scheme: Scheme, stored: Stored | None) -> calibrate.Statistics:
+    """What `statistics` wrote.
+
+    Raises:
+        DataError: the recipe has no calibration.
+    """
+    if stored is None or recipe.calibration is None:
+        raise DataError(
+            f"scheme `{scheme}` needs calibration data, and recipe `{recipe.name}` gives none",
+            hint='add `[calibration]` with `data = "calibration.npz"` to recipe.toml, or use `int8-dynamic`',
+        )
+    return calibrate.load(stored.file(STATISTICS))
+
+
+def plan(graph: Graph, scheme: Scheme, known: calibrate.Statistics, exclude: Iterable[str] = ()) -> integer.Plan:
+    """What `scheme` makes integer in `graph`.
+
+    Raises:
+        NotApplicable: nothing.
+    """
     strange = [name for name, one in known.items() if one.stray]
-    chosen = integer.plan(graph, form=form, exclude=exclude, strange=strange)
+    chosen = integer.plan(graph, form=FORMS[scheme], exclude=exclude, strange=strange)
     if not chosen.nodes:
         raise _nothing(graph, scheme, chosen)
-    kinds = {node.name: node.op_type for node in graph.model.graph.node if node.op_type != "Constant"}
-    names = set(chosen.nodes)
-    facts["quantized"] = dict(_count(kinds[name] for name in chosen.nodes))
-    facts["float"] = dict(_count(kind for name, kind in kinds.items() if name not in names))
-    facts["float_because"] = dict(sorted(chosen.floats.items()))
-    facts["nodes"] = list(chosen.nodes)
-    if form == "dynamic":
-        qdq.insert_dynamic(graph, chosen)
-        return facts
+    return chosen
+
+
+def static(
+    graph: Graph, scheme: Scheme, known: calibrate.Statistics, method: RangeMethod, exclude: Iterable[str] = ()
+) -> dict[str, JsonValue]:
+    """Rewrite the model of `graph` in place in a static scheme; returns facts about it.
+
+    Args:
+        graph: stale after this.
+        scheme: a static one.
+        known: statistics of all tensors that the plan needs.
+        method: how ranges are read from them.
+        exclude: names of nodes that stay in float.
+
+    Raises:
+        NotApplicable: the model has no operator that this form would change.
+        ConversionError: `known` is of another graph.
+    """
+    chosen = plan(graph, scheme, known, exclude)
+    facts: dict[str, JsonValue] = {"method": method, **_facts(graph, chosen)}
     try:
-        qdq.insert(graph, chosen, calibrate.ranges(known, method), form)
+        qdq.insert(graph, chosen, calibrate.ranges(known, method), FORMS[scheme])
     except KeyError as error:
         raise ConversionError(
             f"the calibration statistics say nothing about tensor {error}: they are of another graph",
             hint="run `exportyard export` again, which calibrates this one",
         ) from None
     return facts
+
+
+def _dynamic(graph: Graph, scheme: Scheme, exclude: Iterable[str]) -> dict[str, JsonValue]:
+    chosen = plan(graph, scheme, {}, exclude)
+    facts = _facts(graph, chosen)
+    qdq.insert_dynamic(graph, chosen)
+    return facts
+
+
+def _facts(graph: Graph, chosen: integer.Plan) -> dict[str, JsonValue]:
+    kinds = {node.name: node.op_type for node in graph.model.graph.node if node.op_type != "Constant"}
+    names = set(chosen.nodes)
+    return {
+        "quantized": dict(_count(kinds[name] for name in chosen.nodes)),
+        "float": dict(_count(kind for name, kind in kinds.items() if name not in names)),
+        "float_because": dict(sorted(chosen.floats.items())),
+        "nodes": list(chosen.nodes),
+    }
 
 
 def _count(kinds: Iterable[str]) -> list[tuple[str, int]]:
@@ -179,7 +222,12 @@ def _half(graph: Graph, exclude: tuple[str, ...]) -> dict[str, JsonValue]:
     }
 
 
-def _write(model: onnx.ModelProto, fp32: Stored, out: Path) -> None:
+def write(model: onnx.ModelProto, fp32: Stored, out: Path) -> None:
+    """Write ``model.onnx``, checked, and the ``signature.json`` of `fp32`, which it shares.
+
+    Raises:
+        ConversionError: the model is not valid ONNX.
+    """
     path = out / "model.onnx"
     graphs.save(model, path)
     try:

@@ -25,7 +25,7 @@ KEYS = set(types.Recipe.model_fields) - {"folder", "root"}
         pytest.param(set(types.Tolerance.model_fields), id="bounds"),
         pytest.param(set(get_args(types.DType)), id="dtypes"),
         pytest.param(set(get_args(types.OutputKind)), id="kinds"),
-        pytest.param(set(get_args(types.RangeMethod)), id="methods"),
+        pytest.param({"auto", *get_args(types.RangeMethod)}, id="methods"),
         pytest.param(set(BUILT_IN), id="metrics"),
     ],
 )
