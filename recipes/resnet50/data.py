@@ -16,7 +16,7 @@ def pictures(count: int, seed: int) -> Array:
 
 
 def calibration() -> Iterator[dict[str, Array]]:
-    for seed in range(100, 108):
+    for seed in range(100, 132):
         yield {"images": pictures(2, seed)}
 
 
