@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only this folder is on it
@@ -20,8 +22,9 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks import side_by_side as sides
-from pipeline.stages.benchmark import interleaved, timed_threads
+from pipeline.stages.benchmark import timed_threads
 
+SECONDS = 5.0  # of timing, for each number of threads
 UNSIGNED, SIGNED, FLOAT = np.dtype(np.uint8), np.dtype(np.int8), np.dtype(np.float32)
 FORMS = {
     "fp32": (FLOAT, FLOAT),
@@ -51,21 +54,17 @@ def _matrix(rng: np.random.Generator, dtype: np.dtype, size: int) -> np.ndarray:
     return rng.integers(ends.min, ends.max, (size, size), dtype=dtype, endpoint=True)
 
 
-def seconds(threads: int, size: int, blocks: int = 3) -> dict[str, float]:
+def seconds(threads: int, size: int) -> dict[str, float]:
     """Median seconds of a product in each form."""
-    calls, found = {}, {}
+    calls = {}
     for name, (first, second) in FORMS.items():
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(
-            product(first, second, size), options, providers=["CPUExecutionProvider"]
-        )
-        feeds = {"x": _matrix(np.random.default_rng(1), first, size)}
-        calls[name] = lambda session=session, feeds=feeds: session.run(None, feeds)
-    for _ in range(blocks):
-        for name, block in interleaved(calls).items():
-            found.setdefault(name, []).extend(block)
-    return {name: statistics.median(times) for name, times in found.items()}
+        model = product(first, second, size)
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        calls[name] = partial(session.run, None, {"x": _matrix(np.random.default_rng(1), first, size)})
+    clock = time.process_time if threads == 1 else time.perf_counter
+    return {name: statistics.median(times) for name, times in sides.turns(calls, SECONDS, clock).items()}
 
 
 def main() -> None:
@@ -84,7 +83,10 @@ def main() -> None:
             for found in by_threads.values()
         ]
         rows.append([name, *cells])
-    head = ["activations x weights", *(f"{threads} threads, GOP/s (of fp32)" for threads in by_threads)]
+    head = [
+        "activations x weights",
+        *(f"{threads} thread{'s' * (threads > 1)}, GOP/s (of fp32)" for threads in by_threads),
+    ]
     command = "python benchmarks/integer_forms.py" + ("" if options.size == 1024 else f" --size {options.size}")
     text = f"{sides.table(head, rows)}\n\n{sides.conditions(command, load)}"
     print(text)
