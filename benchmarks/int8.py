@@ -35,7 +35,7 @@ from onnxruntime import quantization
 from benchmarks import side_by_side as sides
 from pipeline import backends, host, run, samples
 from pipeline.job import Job
-from pipeline.types import Runner, Sizes, Target
+from pipeline.types import Runner, Signature, Sizes, Target
 from pipeline.workspace import Workspace
 
 RECIPES = ("resnet50", "minilm", "digits", "arr_coc")
@@ -102,6 +102,7 @@ def their_forms(job: Job, folder: Path) -> dict[str, Form]:
     """The files that `onnxruntime.quantization` makes of the same graph and the same data."""
     folder.mkdir(parents=True, exist_ok=True)
     source = job.onnx("fp32").stored.file("model.onnx")
+    signature = job.onnx("fp32").stored.signature()
     ready = _preprocessed(source, folder)
     expert = {
         "activation_type": quantization.QuantType.QUInt8,
@@ -125,12 +126,13 @@ def their_forms(job: Job, folder: Path) -> dict[str, Form]:
         try:
             with _quiet():
                 make(path)
-            with _session(path, 1):
+            load = partial(_session, path, signature)
+            with load(1):
                 pass
         except Exception as error:  # whatever it raises is its result
             found[name] = Form(label, error=f"{type(error).__name__}: {' '.join(str(error).split())[:80]}")
             continue
-        found[name] = Form(label, path.stat().st_size, partial(_session, path))
+        found[name] = Form(label, path.stat().st_size, load)
     return found
 
 
@@ -157,8 +159,8 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _session(path: Path, threads: int) -> Iterator[Runner]:
-    """The file as a user would run it: optimised while it is loaded, and as many threads as our engines get."""
+def _session(path: Path, signature: Signature, threads: int) -> Iterator[Runner]:
+    """The file as a user would run it, optimised while it is loaded; threads and checks of inputs as for our engines."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -168,7 +170,7 @@ def _session(path: Path, threads: int) -> Iterator[Runner]:
     def call(feeds: Any) -> dict[str, Any]:
         return {name: array.copy() for name, array in zip(names, session.run(names, dict(feeds)), strict=True)}
 
-    yield call
+    yield backends.checked(call, signature)
 
 
 def timed_sizes(job: Job) -> list[Sizes]:
