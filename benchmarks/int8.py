@@ -160,7 +160,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _session(path: Path, signature: Signature, threads: int) -> Iterator[Runner]:
-    """The file as a user would run it, optimised while it is loaded; threads and checks of inputs as for our engines."""
+    """The file as a user would run it, optimised while it is loaded; threads and checks as for our engines."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
