@@ -8,15 +8,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline import choice
+from pipeline.job import SEARCH
 from pipeline.store import Stored
 from pipeline.types import Audit, Frozen, LatencyReport, ParityReport, Scheme
 
 if TYPE_CHECKING:
     from pipeline.job import Job
     from pipeline.run import Verdict
-
-
-SEARCH = "search.json"
 
 
 class Speed(Frozen):
@@ -200,6 +198,6 @@ def _speeds(latency: LatencyReport, scheme: Scheme) -> tuple[Speed, ...]:
 
 
 def versus_fp32(candidate: Candidate) -> float | None:
-    """How many times faster than fp32 a candidate is, over all that was timed; None where that wasn't measured."""
+    """How many times faster than fp32 a candidate is on one thread; None where that wasn't measured."""
     ratios = [speed.versus_fp32 for speed in candidate.speeds if speed.versus_fp32 is not None]
     return math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios)) if ratios else None

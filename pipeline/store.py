@@ -25,7 +25,8 @@ from pipeline.errors import StoreError
 from pipeline.types import Artifact, FileFact, Kind, Signature
 
 MANIFEST = "artifact.json"
-FORMAT = 2  # part of every key: raise it when the meaning of a stage's files changes
+_PAGE = 4096  # bytes; a disk with less left is full
+FORMAT = 3  # part of every key: raise it when the meaning of a stage's files changes
 
 State = Literal["cached", "built", "rebuilt"]
 
@@ -188,20 +189,31 @@ def make(folder: Path, key: Key, work: Callable[[Path], Mapping[str, JsonValue]]
         StoreError: disk full, folder not writable, or `work` wrote nothing.
         ExportyardError: whatever `work` raises.
     """
+    with explaining(folder), _locked(folder):
+        _recover(folder)
+        stored, reason = state_of(folder, key)
+        if stored is not None:
+            return Made(stored, "cached")
+        artifact = _write(folder, key, work)
+        state: State = "rebuilt" if reason.startswith("damaged") else "built"
+        return Made(Stored(folder, artifact), state, reason)
+
+
+@contextlib.contextmanager
+def explaining(folder: Path) -> Iterator[None]:
+    """Work on `folder`, in which the operating system may refuse something.
+
+    Raises:
+        StoreError: disk full, folder not writable, or another failure of the file system.
+    """
     try:
-        with _locked(folder):
-            _recover(folder)
-            stored, reason = state_of(folder, key)
-            if stored is not None:
-                return Made(stored, "cached")
-            artifact = _write(folder, key, work)
-            state: State = "rebuilt" if reason.startswith("damaged") else "built"
-            return Made(Stored(folder, artifact), state, reason)
+        yield
     except OSError as error:
-        raise _explained(error, folder) from error
+        raise explained(error, folder) from error
 
 
-def _explained(error: OSError, folder: Path) -> StoreError:
+def explained(error: OSError, folder: Path) -> StoreError:
+    """What the operating system has refused while `folder` was worked on, in words that a user can act on."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
             f"no space left on the disk that holds `{folder.parent}`; nothing was changed",
@@ -247,7 +259,7 @@ def _write(folder: Path, key: Key, work: Callable[[Path], Mapping[str, JsonValue
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     fresh.chmod(0o755)
     try:
-        facts = dict(work(fresh))
+        facts = dict(_with_space(fresh, work))
         files = describe(fresh)
         if not files:
             raise StoreError(f"the stage that makes `{folder}` wrote nothing; this is a bug of the stage or backend")
@@ -266,6 +278,20 @@ def _write(folder: Path, key: Key, work: Callable[[Path], Mapping[str, JsonValue
         return artifact
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _with_space(fresh: Path, work: Callable[[Path], Mapping[str, JsonValue]]) -> Mapping[str, JsonValue]:
+    """Do the work; a library's failure on a full disk is told as that, whatever the library calls it."""
+    try:
+        return work(fresh)
+    except Exception as error:
+        if not isinstance(error, OSError) and ("No space left" in str(error) or _is_full(fresh)):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
+
+
+def _is_full(folder: Path) -> bool:
+    return bool(shutil.disk_usage(folder).free < _PAGE)
 
 
 def describe(folder: Path) -> dict[str, FileFact]:
@@ -309,12 +335,15 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         StoreError: the file can't be written.
     """
-    try:
+    with explaining(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-            stream.write(text)
-        fresh = Path(stream.name)
-        fresh.chmod(0o644)
-        fresh.replace(path)
-    except OSError as error:
-        raise _explained(error, path) from error
+            fresh = Path(stream.name)
+            try:
+                stream.write(text)
+                stream.flush()
+                fresh.chmod(0o644)
+                fresh.replace(path)
+            except OSError:
+                fresh.unlink(missing_ok=True)
+                raise

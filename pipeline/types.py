@@ -424,7 +424,10 @@ class Timing(Frozen):
 
 
 class Ratio(Frozen):
-    """How many times faster one runner is than another: quartiles of the ratios paired within each round."""
+    """How many times faster one runner is than another: quartiles of the ratios paired within each round.
+
+    On one thread the ratio is of processor time, which a busy machine hardly disturbs; on more, of time on the clock.
+    """
 
     median: float
     p25: float

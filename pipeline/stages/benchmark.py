@@ -10,6 +10,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pipeline.types import LatencyReport, LatencyRow, Ratio, Recipe, Reporter, S
 
 BUDGET_S = 1.0  # of measuring, for each combination of sizes and threads
 BURST_S = 0.01  # a turn of a fast runner
+TICK_S = 1e-7
 MOST_ROUNDS = 200
 LEAST_ROUNDS = 5
 
@@ -72,8 +74,16 @@ def timed_sizes(recipe: Recipe) -> list[dict[str, int]]:
     return [single, opt] if single != opt else [opt]
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of one call of each runner in each round, the runners taking turns; as many rounds as time allows.
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of one call, one entry a round: on the clock, and of processor time over all threads."""
+
+    clock_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, Turns]:
+    """What one call of each runner costs in each round, the runners taking turns; as many rounds as time allows.
 
     A turn of a fast runner is a burst of calls after one that isn't counted: the threads of the runner before it spin
     for a while longer, and would be measured, too.
@@ -88,37 +98,38 @@ def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, list[flo
         bursts[name] = max(1, min(100, int(BURST_S / max(cost, 1e-6))))
         costs += cost * (bursts[name] + 1)
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(BUDGET_S / max(costs, 1e-6))))
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found = {name: Turns() for name in calls}
     late = time.perf_counter() + 2 * BUDGET_S  # a busy machine is slower than it was while warming up
     for done in range(rounds):
         if done >= LEAST_ROUNDS and time.perf_counter() > late:
             break
         for name, call in calls.items():
-            found[name].append(_turn(call, bursts[name]))
+            _turn(call, bursts[name], found[name])
     return found
 
 
-def _turn(call: Callable[[], object], burst: int) -> float:
-    """Seconds a call, over a burst."""
+def _turn(call: Callable[[], object], burst: int, turns: Turns) -> None:
+    """Note the seconds a call, over a burst."""
     if burst > 1:
         call()
-    begun = time.perf_counter()
+    clock, cpu = time.perf_counter(), time.process_time()
     for _ in range(burst):
         call()
-    return (time.perf_counter() - begun) / burst
+    turns.clock_s.append((time.perf_counter() - clock) / burst)
+    turns.cpu_s.append((time.process_time() - cpu) / burst)
 
 
-def _row(sizes: Mapping[str, int], threads: int, seconds: Mapping[str, list[float]]) -> LatencyRow:
-    schemes: list[Scheme] = [name for name in seconds if name != "eager"]  # type: ignore[misc]  # the rest are schemes
+def _row(sizes: Mapping[str, int], threads: int, turns: Mapping[str, Turns]) -> LatencyRow:
+    """Times are on the clock. Ratios on one thread are of processor time, which other work on the machine spares."""
+    schemes: list[Scheme] = [name for name in turns if name != "eager"]  # type: ignore[misc]  # the rest are schemes
+    paired = {name: one.cpu_s if threads == 1 else one.clock_s for name, one in turns.items()}
     return LatencyRow(
         sizes=sizes,
         threads=threads,
-        eager=_timing(seconds["eager"]),
-        engines={scheme: _timing(seconds[scheme]) for scheme in schemes},
-        versus_eager={scheme: _ratio(seconds["eager"], seconds[scheme]) for scheme in schemes},
-        versus_fp32={scheme: _ratio(seconds["fp32"], seconds[scheme]) for scheme in schemes}
-        if "fp32" in seconds
-        else {},
+        eager=_timing(turns["eager"].clock_s),
+        engines={scheme: _timing(turns[scheme].clock_s) for scheme in schemes},
+        versus_eager={scheme: _ratio(paired["eager"], paired[scheme]) for scheme in schemes},
+        versus_fp32={scheme: _ratio(paired["fp32"], paired[scheme]) for scheme in schemes} if "fp32" in turns else {},
     )
 
 
@@ -128,5 +139,7 @@ def _timing(seconds: list[float]) -> Timing:
 
 
 def _ratio(base: list[float], other: list[float]) -> Ratio:
-    low, middle, high = statistics.quantiles((one / two for one, two in zip(base, other, strict=True)), n=4)
+    # a turn too short for the processor's clock counts as one tick of it
+    ratios = (max(one, TICK_S) / max(two, TICK_S) for one, two in zip(base, other, strict=True))
+    low, middle, high = statistics.quantiles(ratios, n=4)
     return Ratio(median=middle, p25=low, p75=high)
