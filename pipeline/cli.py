@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 from typer.exceptions import TyperException
 
-from pipeline import backends, console, host, run, workspace
+from pipeline import backends, console, host, run, store, workspace
 from pipeline.errors import ExportyardError, UsageError
 from pipeline.job import Job
 from pipeline.types import Recipe
@@ -365,6 +365,8 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:  # `exportyard targets | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return console.fail(store.explained(error, Path(os.fspath(error.filename)))) if error.filename else _bug(error)
     except Exception as error:
         return _bug(error)
 

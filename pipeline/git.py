@@ -130,6 +130,20 @@ def branch(root: Path) -> str:
     return name
 
 
+def check_idle(root: Path) -> None:
+    """Refuse to begin while another git command holds the index.
+
+    Raises:
+        ReleaseError: its lock is there.
+    """
+    lock = Path(run(root, "rev-parse", "--path-format=absolute", "--git-path", "index.lock"))
+    if lock.exists():
+        raise ReleaseError(
+            f"another git command is at work in this repository: there is `{lock}`",
+            hint="wait until it has ended; if none runs, it was killed: delete that file",
+        )
+
+
 def identity(root: Path) -> str:
     """Who commits, as git writes it into objects: ``Name <mail> <seconds> <zone>``.
 

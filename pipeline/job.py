@@ -130,10 +130,13 @@ class Job:
     def _data_digest(self, source: str) -> str:
         if recipes.is_code(source):
             return recipes.code_digest(self.recipe, source)
-        try:
-            return digest.of_file(self.recipe.folder / source)
-        except OSError:
+        path = self.recipe.folder / source
+        if not os.path.isfile(path):  # noqa: PTH113  unlike `is_file`, it takes any text for a path
             return "missing"  # `samples.write` says so, with the nearest name
+        try:
+            return digest.of_file(path)
+        except OSError as error:
+            raise DataError(f"can't read `{path}`: {error.strerror}", hint="see whether you may (`ls -l`)") from None
 
     def program(self) -> Made:
         """The captured program."""

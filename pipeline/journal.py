@@ -94,6 +94,8 @@ def _encoded(path: Path) -> str | None:
         return base64.b64encode(path.read_bytes()).decode()
     except FileNotFoundError:
         return None
+    except IsADirectoryError:
+        raise ReleaseError(f"`{path}` is a folder, expected a file", hint="move it away and publish again") from None
 
 
 def restore(journal: Journal, *, keep: bool) -> None:
@@ -164,5 +166,15 @@ def move_names(journal: Journal) -> None:
 
 
 def refresh(journal: Journal) -> None:
-    """Bring git's index up to the new commit, for the files of the release only; what else is staged stays staged."""
-    git.run(journal.root, "reset", "-q", "HEAD", "--", *journal.files)
+    """Bring git's index up to the new commit, for the files of the release only; what else is staged stays staged.
+
+    Raises:
+        ReleaseError: another git command holds the index. The journal stays, and the next publish comes here again.
+    """
+    try:
+        git.run(journal.root, "reset", "-q", "HEAD", "--", *journal.files)
+    except git.GitError as error:
+        raise ReleaseError(
+            f"`{journal.tag}` is published, but git's index could not be brought up to it: {error.said[:200]}",
+            hint="when no other git command works here, publish again: that brings it up, and makes nothing twice",
+        ) from error

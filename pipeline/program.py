@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch.export import ExportedProgram
@@ -102,15 +102,58 @@ def runnable(program: ExportedProgram) -> Callable[..., Any]:
 
 
 def save(program: ExportedProgram, path: Path, root: Path) -> None:
-    """Write `program` with the same bytes on every machine: no example inputs, and source paths relative to `root`."""
+    """Write `program` with the same bytes on every machine: no example inputs, and source paths relative to `root`.
+
+    Raises:
+        OSError: the disk is full, or something else with the file.
+    """
     program.example_inputs = None
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
                 if node.meta.get("stack_trace"):
                     node.meta["stack_trace"] = without_paths(node.meta["stack_trace"], root)
-    with quiet():
-        torch.export.save(program, path)
+    with path.open("wb") as file:
+        patient = _Patient(file)
+        with quiet():
+            torch.export.save(program, cast("IO[bytes]", patient))
+        if patient.failure is not None:
+            raise patient.failure
+
+
+class _Patient(io.RawIOBase):
+    """Takes all that is written to `file`, and keeps what went wrong for later.
+
+    torch's writer must never see a write fail: its destructor writes once more, and then ends the whole process.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self.file = file
+        self.failure: OSError | None = None
+
+    def writable(self) -> bool:
+        """As of a file."""
+        return True
+
+    def seekable(self) -> bool:
+        """Torch asks, and goes to the start when it is done."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Torch reads nothing back, so there is nothing to go to."""
+        del offset, whence
+        return 0
+
+    def write(self, data: Any) -> int:
+        """The length of `data`, whether or not it could be written."""
+        if self.failure is None:
+            try:
+                self.file.write(data)
+                self.file.flush()
+            except OSError as error:
+                self.failure = error
+        return len(data)
 
 
 def without_paths(trace: str, root: Path) -> str:

@@ -141,6 +141,7 @@ def _planned(root: Path, steps: Sequence[Step], recipe: str, manifest_text: str,
     """Check all that can be known before anything is touched."""
     tags.check_name(recipe)
     git.identity(root)
+    git.check_idle(root)
     tag = Tag(recipe, tags.parse(version), git.folder_of(root))
     content = manifest.parse(manifest_text, "the manifest of the release")
     if (content.recipe, content.version) != (recipe, str(tag.version)):

@@ -44,7 +44,7 @@ def publish(job: Job, verdicts: Sequence[Verdict], bump: Bump = "patch", *, allo
     chosen = _chosen(verdicts)
     skipped = {found.target.name: f"{found.status}: {found.reason}" for found in verdicts if found.status != "passed"}
     root, recipe = job.workspace.root, job.recipe.name
-    with record.queue(root) as turn:
+    with store.explaining(job.folder / "release"), record.queue(root) as turn:
         dirty = registry.dirty_files(root, recipe, _code(job))
         if dirty and not allow_dirty:
             raise ReleaseError(

@@ -7,8 +7,9 @@ Data is written once, as safetensors shards (``calibration-00000.safetensors``) 
 from __future__ import annotations
 
 import itertools
+import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,17 +173,21 @@ def _open(recipe: Recipe, which: str, source: str, where: str) -> Iterator[dict[
         yield from _from_code(recipe, which, source, where)
         return
     path = recipe.folder / source
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  unlike `is_file`, it takes any text for a path
         close = nearest(path.name, [entry.name for entry in path.parent.glob("*")] if path.parent.is_dir() else [])
         hint = (
             f"did you mean `{close}`?" if close else "the path is relative to recipe.toml; `module:callable` works too"
         )
         raise DataError(f"{where}: there is no file `{path}`", hint=hint)
-    yield from _split(recipe, _read_file(path, where), where)
+    arrays = {name: _as_array(name, value, where) for name, value in _read_file(path, where).items()}
+    yield from _split(recipe, arrays, where)
 
 
 def _from_code(recipe: Recipe, which: str, source: str, where: str) -> Iterator[dict[str, Array]]:
-    made = iter(recipes.call(recipe, source, f"{which}.data"))
+    returned = recipes.call(recipe, source, f"{which}.data")
+    if not isinstance(returned, Iterable):
+        raise DataError(f"{where} returned a {type(returned).__name__}", hint="yield dicts of arrays by input name")
+    made = iter(returned)
     while True:
         try:
             item = next(made)
@@ -194,7 +199,21 @@ def _from_code(recipe: Recipe, which: str, source: str, where: str) -> Iterator[
             raise recipes.fault(recipe, f'`{which}.data = "{source}"` raised', error) from error
         if not isinstance(item, Mapping):
             raise DataError(f"{where} yielded a {type(item).__name__}", hint="yield dicts of arrays by input name")
-        yield {str(name): np.asarray(value) for name, value in item.items()}
+        yield {str(name): _as_array(str(name), value, where) for name, value in item.items()}
+
+
+def _as_array(name: str, value: Any, where: str) -> Array:
+    """`value` as numbers or truth values; nothing else can be kept."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # NumPy's and torch's: ragged lists, tensors with gradients
+        raise DataError(f"{where}: `{name}` is no array: {error}", hint="yield NumPy arrays") from error
+    if array.dtype.kind not in "biuf":
+        raise DataError(
+            f"{where}: `{name}` is of dtype {array.dtype}, expected numbers or truth values",
+            hint="give labels as numbers, such as class indices",
+        )
+    return array
 
 
 def _read_file(path: Path, where: str) -> dict[str, Array]:
@@ -225,16 +244,28 @@ def _split(recipe: Recipe, arrays: dict[str, Array], where: str) -> Iterator[dic
         )
     extra = {arrays[name].ndim - rank for name, rank in ranks.items()}
     if extra == {1}:
-        count, step = min(len(array) for array in arrays.values()), None
+        count, step = _length(arrays, where), None
     else:
         first = {spec.shape[0] for spec in recipe.inputs if spec.shape and isinstance(spec.shape[0], str)}
         if extra != {0} or len(first) != 1:
             yield arrays  # one call; the check that follows says what is wrong with it, if anything
             return
         step = recipe.axes[str(first.pop())].opt
-        count = min(len(array) for array in arrays.values())
+        count = _length(arrays, where)
     for start in range(0, count, step or 1):
         yield {name: array[start] if step is None else array[start : start + step] for name, array in arrays.items()}
+
+
+def _length(arrays: Mapping[str, Array], where: str) -> int:
+    """The length that all arrays of a file share."""
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if len({shape[:1] for shape in shapes.values()}) > 1 or () in shapes.values():
+        said = ", ".join(f"`{name}` {list(shape)}" for name, shape in shapes.items())
+        raise DataError(
+            f"{where}: arrays of different lengths can't be cut into samples: {said}",
+            hint="give every array one row for each sample",
+        )
+    return int(next(iter(shapes.values()))[0])
 
 
 def _fault(recipe: Recipe, arrays: Mapping[str, Array], sizes: Mapping[str, int] | None, *, exact: bool) -> str | None:

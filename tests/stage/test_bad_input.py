@@ -1,7 +1,10 @@
 """Whatever a user gets wrong: exit code, at most ten lines, the value at fault, a hint, and nothing lost."""
 
+import contextlib
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from textwrap import dedent
 
@@ -11,7 +14,7 @@ import torch
 from safetensors.numpy import save_file
 
 from pipeline import cli, samples, store
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, StoreError
 from pipeline.workspace import Workspace
 from tests import workspaces
 
@@ -451,3 +454,108 @@ def test_a_metric_that_is_no_number(root, failing, value):
     (root / FOLDER / "score.py").write_text(f"def score(outputs, labels):\n    return {value}\n")
     edit(root / FOLDER / "recipe.toml", '"agreement"', '"score:score"')
     assert "metric `score:score`" in failing(4, "export", "tiny", "--target", "any-echo")
+
+
+LABELLED = {
+    "nothing": "return None",
+    "ragged lists": "yield {'images': [[1, 2], [3]]}",
+    "words": "yield {'images': np.ones((2, 1, 8, 8), np.float32), 'labels': np.array(['a', 'b'])}",
+}
+
+
+@pytest.mark.parametrize("case", LABELLED)
+def test_data_code_that_yields(root, failing, case):
+    (root / FOLDER / "data.py").write_text(f"import numpy as np\n\ndef some():\n    {LABELLED[case]}\n")
+    edit(root / FOLDER / "recipe.toml", '"evaluation.npz"', '"data:some"')
+    assert "[evaluation]" in failing(6, "export", "tiny")
+
+
+@pytest.mark.parametrize("labels", [np.int64(3), np.arange(3), np.array(["a"] * 16)])
+def test_labels_that_do_not_fit_the_samples(root, failing, labels):
+    np.savez(root / FOLDER / "evaluation.npz", images=workspaces.images(16, 2), labels=labels)
+    assert "`labels`" in failing(6, "export", "tiny")
+
+
+@pytest.mark.parametrize("name", ["a\\u0000b.npz", "a" * 300 + ".npz", "pipe.npz"])
+def test_data_that_no_file_can_be(root, failing, name):
+    os.mkfifo(root / FOLDER / "pipe.npz")
+    edit(root / FOLDER / "recipe.toml", "calibration.npz", name)
+    assert "there is no file" in failing(6, "export", "tiny")
+
+
+def test_evaluation_data_that_the_model_fails_on(root, failing):
+    model(
+        root,
+        """
+        class Lookup(Tiny):
+            def forward(self, images):
+                rows = torch.arange(0, 4, dtype=images.dtype).reshape(4, 1)
+                return super().forward(images) + rows[images.mean((1, 2, 3)).to(torch.int64)]
+
+        def build():
+            return Lookup()
+        """,
+    )
+    np.savez(root / FOLDER / "evaluation.npz", images=workspaces.images(8, 2) + 50)
+    err = failing(6, "export", "tiny", "--target", "any-echo")
+    assert "[evaluation] sample 0" in err
+    assert "IndexError" in err
+
+
+# --- disks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mounts a small disk on a folder; returns what changes its options (``ro``, ``size=...``)."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(*options):
+        return subprocess.run(["mount", *options, str(place)], capture_output=True, text=True, check=False)
+
+    done = mount("-t", "tmpfs", "-o", "size=8m", "tmpfs")
+    if done.returncode != 0:
+        pytest.skip(f"a disk of a few MB can't be mounted here: {done.stderr.strip()}")
+    yield place, lambda option: mount("-o", f"remount,{option}")
+    subprocess.run(["umount", str(place)], check=True)
+
+
+STAGES = ["checkpoint", "data", "program", "onnx/fp32", "engine/any-onnxruntime/fp32", "latency/any-onnxruntime"]
+
+
+def test_a_full_disk_at_each_stage(tmp_path, disk, capfd):
+    place, _ = disk
+    export = ["export", "tiny", "--target", "any-onnxruntime", "-C", str(place)]
+    workspaces.tiny(place, rows=workspaces.ROWS.replace('"int8-u8u8", ', ""))
+    assert cli._run(export) == 0
+    shutil.copytree(place / "artifacts", tmp_path / "whole")
+    for stage in STAGES:
+        shutil.rmtree(place / "artifacts/tiny" / stage)
+        shutil.rmtree(place / "artifacts/tiny/report")
+        before = set(place.rglob("artifact.json"))
+        with (place / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+            while ballast.write(bytes(4096)):
+                pass
+        capfd.readouterr()
+        assert cli._run(export) == StoreError.exit_code, stage
+        err = capfd.readouterr().err
+        assert "no space left on the disk that holds" in err, stage
+        assert "hint: " in err
+        assert len(err.splitlines()) <= 10, err
+        assert set(place.rglob("artifact.json")) == before, stage
+        assert not list(place.rglob("*.tmp"))
+        (place / "ballast").unlink()
+        shutil.rmtree(place / "artifacts")
+        shutil.copytree(tmp_path / "whole", place / "artifacts")
+
+
+def test_a_read_only_disk(disk, capsys):
+    place, remount = disk
+    workspaces.tiny(place)
+    assert remount("ro").returncode == 0
+    assert cli._run(["export", "tiny", "-C", str(place)]) == StoreError.exit_code
+    err = capsys.readouterr().err
+    assert "Read-only file system" in err
+    assert "hint: make it writable" in err
+    assert cli._run(["status", "tiny", "-C", str(place)]) == 0
