@@ -19,6 +19,7 @@ from pipeline.errors import ExportyardError, RecipeError, first_line, unknown
 from pipeline.types import Recipe
 
 _import_lock = threading.RLock()
+_used: set[str] = set()  # folders of recipes whose code this process has imported, still there or not
 # an environment may lie inside the workspace, and exportyard's own clone is one
 _NOT_USERS = (Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib")), Path(__file__).parent)
 
@@ -205,13 +206,11 @@ def is_users(file: str, root: Path) -> bool:
 def _use_code_of(recipe: Recipe) -> None:
     """Make the recipe's modules importable by their plain names, and forget other recipes' modules of those names."""
     wanted = [str(recipe.folder), str(recipe.root)]
-    sys.path[:] = wanted + [entry for entry in sys.path if entry not in wanted and not _is_recipe(entry)]
+    _used.add(str(recipe.folder))
+    others = _used - {str(recipe.folder)}
+    sys.path[:] = wanted + [entry for entry in sys.path if entry not in wanted and entry not in others]
     importlib.invalidate_caches()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file is not None and _is_recipe(str(Path(file).parent)) and not Path(file).is_relative_to(recipe.folder):
+        if file is not None and any(Path(file).is_relative_to(folder) for folder in others):
             del sys.modules[name]
-
-
-def _is_recipe(folder: str) -> bool:
-    return (Path(folder) / "recipe.toml").is_file()

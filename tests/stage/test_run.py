@@ -183,7 +183,7 @@ def test_killed_at_every_stage_the_next_run_goes_on(exported, tmp_path):
     for made in sorted((exported[0] / "artifacts/tiny").rglob("artifact.json")):
         folder = made.parent.relative_to(exported[0])
         kind = store.load(exported[0] / folder)
-        if kind.artifact.kind != "latency":
+        if kind.artifact.kind in ("checkpoint", "data", "program", "statistics", "engine"):  # the rest are measurements
             assert store.load(root / folder).digest == kind.digest
     assert not list(root.rglob("*.tmp"))
 

@@ -1,5 +1,6 @@
 """Recipes: reading them, the code behind them, and calling it."""
 
+import shutil
 from pathlib import Path
 from textwrap import dedent
 
@@ -8,6 +9,8 @@ import pytest
 from pipeline import recipes
 from pipeline.errors import RecipeError, UsageError, WorkspaceError
 from pipeline.types import Recipe
+from pipeline.workspace import Workspace
+from tests import workspaces
 
 MINIMAL = """
     name = "{name}"
@@ -220,3 +223,13 @@ def test_an_environment_inside_the_workspace_is_not_the_users_code():
     assert not recipes.is_users(pytest.__file__, workspace)
     assert not recipes.is_users(recipes.__file__, Path(recipes.__file__).parents[1])
     assert recipes.is_users(__file__, Path(__file__).parents[2])
+
+
+def test_modules_of_a_recipe_that_is_gone_are_forgotten(tmp_path):
+    for name in ("one", "two"):
+        root = workspaces.tiny(tmp_path / name)
+        (root / "recipes/tiny/model.py").write_text(f"def build():\n    return {name!r}\n")
+    first, second = (Workspace(tmp_path / name).recipe("tiny") for name in ("one", "two"))
+    assert recipes.call(first, "model:build", "factory") == "one"
+    shutil.rmtree(tmp_path / "one")
+    assert recipes.call(second, "model:build", "factory") == "two"
