@@ -347,6 +347,9 @@ def doctor(root: Folder = HERE, as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Entry point: runs a command, and ends every failure in one clear message and its exit code."""
+    # a shell can close both (`>&-`), and Python then has nothing in their place
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115  open as long as the process is
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
     sys.exit(_run(sys.argv[1:]))
 
 

@@ -58,7 +58,7 @@ def fetch(source: Path | str, recipe: str, version: str | None, targets: Collect
         ReleaseError: the source can't be read, a file arrived with other bytes, or `to` holds something else. Then
             nothing was installed, and what was there is as it was.
     """
-    to = to.resolve()
+    to = Path(os.path.realpath(to))  # unlike `resolve`, it doesn't stumble over a loop of links
     with _opened(source) as place:
         tag = registry.pick(_tags(place), recipe, version, place.name)
         _get_tag(place, tag)
@@ -214,6 +214,10 @@ def _download(place: _Place, tag: Tag, content: Manifest, targets: Collection[st
 
 
 def _not_there(place: _Place, tag: Tag, error: dvc.DvcError, front: str) -> ReleaseError:
+    if "No space left" in error.detail:
+        return ReleaseError(
+            f"no space left for `{tag}`; nothing was installed", hint="free some space (`df -h`), or pull elsewhere"
+        )
     name, _, why = error.detail.partition("\n")
     what = f"`{name.removeprefix(front).strip('/')}`: {why[:300]}" if error.kind == "file" else error.words
     return ReleaseError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +58,7 @@ def publish(job: Job, verdicts: Sequence[Verdict], bump: Bump = "patch", *, allo
                 path = root / registry.copy_of_manifest(recipe)
                 return Published(str(release.version), release.tag, path, fresh=False)
         version = str(tags.next_version([release.version for release in existing], bump))
-        with _kept(job.folder / "release"):
+        with _kept(job.folder / "release", {str(release.version) for release in existing}):
             made = _lay_out(job, chosen, skipped, version, git.head(root), dirty=bool(dirty))
             path = made.stored.file(manifest.FILE)
             message = "\n".join(f"{item.target.name}: {item.scheme}" for item in chosen)
@@ -67,9 +67,16 @@ def publish(job: Job, verdicts: Sequence[Verdict], bump: Bump = "patch", *, allo
 
 
 @contextlib.contextmanager
-def _kept(folder: Path) -> Iterator[None]:
-    """If what follows fails, `folder` is again what it was: the last release, which dvc.lock still names."""
+def _kept(folder: Path, published: Collection[str]) -> Iterator[None]:
+    """If what follows fails, `folder` is again what it was: the last release, which dvc.lock still names.
+
+    Likewise if a publish was killed on the way; `published` are the versions that were not.
+    """
     kept = folder.with_name(f".{folder.name}.kept")
+    left = store.peek(folder)
+    if kept.exists() and left is not None and left.facts.get("version") not in published:
+        shutil.rmtree(folder)
+        kept.rename(folder)
     shutil.rmtree(kept, ignore_errors=True)
     if folder.exists():
         shutil.copytree(folder, kept, copy_function=os.link)  # links: both are only ever replaced whole

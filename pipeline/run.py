@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -9,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Literal, Protocol, cast, get_args
 
@@ -257,7 +259,8 @@ def _build_at_once(job: Job, buildable: Sequence[Target], jobs: int, watch: Watc
     Measuring is not done there: two engines measured at once would measure each other.
     """
     root, recipe, checkpoint = job.workspace.root, job.recipe.name, job.given_checkpoint
-    with ProcessPoolExecutor(min(jobs, len(buildable)), mp_context=get_context("spawn")) as pool:
+    count, context = min(jobs, len(buildable)), get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context, initializer=end_with_parent) as pool:
         running = [pool.submit(_worker, root, recipe, checkpoint, target.name) for target in buildable]
         try:
             for future in running:
@@ -270,6 +273,18 @@ def _build_at_once(job: Job, buildable: Sequence[Target], jobs: int, watch: Watc
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """In a worker process: end as soon as the parent does, which `kill -9` gives no chance to say goodbye."""
+    parent = parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            parent.join()
+            os._exit(1)  # the store takes what was half written for what a killed process left
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _worker(root: Path, recipe: str, checkpoint: Path | None, target: str) -> list[tuple[str, str, float]]:

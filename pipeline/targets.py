@@ -21,7 +21,13 @@ def read(path: Path) -> dict[str, Target]:
     Raises:
         WorkspaceError: the file is missing, isn't TOML, or a row has an unknown key or a wrong value.
     """
-    tables = read_toml(path).get("targets", {})
+    content = read_toml(path)
+    strange = sorted(set(content) - {"targets"})
+    if strange:
+        raise WorkspaceError(
+            f"unknown table `{strange[0]}` in `{path}`", hint="a row begins with `[targets.linux-x86_64-onnxruntime]`"
+        )
+    tables = content.get("targets", {})
     if not isinstance(tables, dict) or not tables:
         raise WorkspaceError(f"`{path}` has no target", hint="a row begins with `[targets.linux-x86_64-onnxruntime]`")
     return {name: _row(path, name, table) for name, table in tables.items()}

@@ -55,7 +55,7 @@ def test_rows_keep_the_order_of_the_file(tmp_path):
         ('["fp32"]', '["fp23"]', "(?s)schemes.*'fp23'"),
         ('machine = "any"', 'machine = "mips"', "(?s)`machine` = 'mips'"),
         ('arch = "none"', "", "(?s)`arch` is missing.*add `arch`"),
-        ("[targets.here-echo]", "[target.here-echo]", "has no target"),
+        ("[targets.here-echo]", "[target.here-echo]", "unknown table `target`"),
         ("[targets.here-echo]", "[targets.Here]", "(?s)target `Here`.*name"),
         ('backend = "echo"', "backend = echo", "is not valid TOML"),
     ],
