@@ -241,12 +241,15 @@ def _engine(engine: Any, target: Any, threads: int) -> contextlib.AbstractContex
 
 
 def _ratios(job: Job, loaders: Mapping[str, sides.Loader]) -> dict[str, sides.Ratio]:
-    """Speed of the chosen form; what looks slower than fp32 is timed twice more, and the middle one counts."""
+    """Speed of the chosen form; what looks slower than fp32 is timed twice more, twice as long.
+
+    The middle one of the three counts.
+    """
     found: dict[str, sides.Ratio] = {}
     for threads in timed_threads():
         for sizes in timed_sizes(job.recipe):
             timed = [sides.speeds(job, loaders, "fp32", threads, [sizes], SECONDS)[0]["chosen"]]
-            while timed[0].slower and len(timed) < 3:
+            while timed[0].median < sides.NOISE and len(timed) < 3:
                 timed.append(sides.speeds(job, loaders, "fp32", threads, [sizes], 2 * SECONDS)[0]["chosen"])
             ratio = sorted(timed, key=lambda one: one.median)[len(timed) // 2]
             found[f"{threads} thread{'s' if threads > 1 else ''}, batch {sizes['batch']}"] = ratio
