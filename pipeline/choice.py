@@ -36,6 +36,8 @@ def choose(
     notes = [*failed, *(f"{scheme} {reason}" for scheme, reason in left_out.items())]
     if not passed:
         return None, "; ".join(notes)
+    if "fp32" in parities and not parities["fp32"].passed:
+        return None, "; ".join(["fp32 itself failed, so no form can be measured against it", *notes])
     if latency is None or len(passed) == 1:
         why = "the only form that passed" if len(target.schemes) > 1 else "the row's only form"
         return passed[0], "; ".join([why, *notes])
@@ -76,7 +78,8 @@ def unpaid(latency: LatencyReport, scheme: Scheme) -> str | None:
     if scheme == "fp32" or not rows:
         return None
     overall = _mean([row.versus_fp32[scheme].median for row in _telling(rows)])
-    if overall < MARGIN:
+    low = _mean([row.versus_fp32[scheme].p25 for row in _telling(rows)])
+    if overall < MARGIN or low < 1:
         return f"is not faster than fp32 ({overall:.2f}x)"
     for row in rows:
         if row.versus_fp32[scheme].p75 < NOISE:

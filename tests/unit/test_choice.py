@@ -82,6 +82,13 @@ def test_a_form_outside_the_budget_never_ships_and_is_named():
     assert "int8-u8s8 accuracy falls by 0.09" in reason
 
 
+def test_without_an_fp32_to_compare_with_nothing_ships():
+    parities = {"int8-u8s8": parity("int8-u8s8"), "fp32": parity("fp32", passed=False)}
+    scheme, reason = choose(TARGET, parities, latency(int8_u8s8=4, fp32=2), {})
+    assert scheme is None
+    assert "fp32 itself failed" in reason
+
+
 def test_none_passed():
     found = choose(TARGET, {"fp32": parity("fp32", passed=False)}, None, {"int8-u8s8": "does not apply: no operator"})
     assert found == (None, "fp32 accuracy falls by 0.09; int8-u8s8 does not apply: no operator")
