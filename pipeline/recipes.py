@@ -212,5 +212,10 @@ def _use_code_of(recipe: Recipe) -> None:
     importlib.invalidate_caches()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file is not None and any(Path(file).is_relative_to(folder) for folder in others):
+        if file is not None and str(folder := Path(file).parent) in others and not _is_other_code(folder):
             del sys.modules[name]
+
+
+def _is_other_code(folder: Path) -> bool:
+    """Whether `folder` is there and holds no recipe: then its modules are more than a recipe's own."""
+    return folder.is_dir() and not (folder / "recipe.toml").is_file()
