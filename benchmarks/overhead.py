@@ -31,7 +31,7 @@ schemes = ["int8-dynamic", "fp32"]
 options = { optimization = "extended" }
 vs_onnx = { int8-dynamic = { sqnr_db = 25 }, fp32 = { max_over_peak = 1e-4 } }
 """
-CLI = [sys.executable, "-c", "from pipeline.cli import main; main()"]
+CLI = [sys.executable, "-m", "pipeline"]
 
 
 def cpu_s(command: list[str]) -> float:

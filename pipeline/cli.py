@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -42,7 +43,7 @@ Targets = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Bump = Literal["patch", "minor", "major"]
 HERE = Path()
-INTERRUPTED = 130
+TYPER_INTERRUPTED = 130  # what it turns Ctrl-C into
 
 
 def _version(wanted: bool) -> None:
@@ -345,38 +346,42 @@ def doctor(root: Folder = HERE, as_json: AsJson = False) -> None:
     console.table(["target", "state", "how to get it"], diagnosis.target_rows(rows))
 
 
-def main() -> None:
-    """Entry point: runs a command, and ends every failure in one clear message and its exit code."""
-    # a shell can close both (`>&-`), and Python then has nothing in their place
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115  open as long as the process is
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
-    sys.exit(_run(sys.argv[1:]))
+def invoke(arguments: list[str]) -> int:
+    """Run one command; every failure ends in one clear message on stderr and its exit code, which is returned.
 
-
-def _run(arguments: list[str]) -> int:
+    Raises:
+        KeyboardInterrupt: the user has stopped it.
+    """
     try:
         code = int(app(arguments, standalone_mode=False) or 0)
-        return _interrupted() if code == INTERRUPTED else code  # typer turns Ctrl-C into this code
     except typer.Exit as leave:
         return int(leave.exit_code)
     except ExportyardError as error:
         return console.fail(error)
     except TyperException as error:
         return console.fail(UsageError(error.format_message(), hint="`exportyard --help` lists commands and options"))
-    except (KeyboardInterrupt, typer.Abort):
-        return _interrupted()
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     except BrokenPipeError:  # `exportyard targets | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return console.fail(store.explained(error, Path(os.fspath(error.filename)))) if error.filename else _bug(error)
+        return _refused(error)
     except Exception as error:
         return _bug(error)
+    if code == TYPER_INTERRUPTED:
+        raise KeyboardInterrupt
+    return code
 
 
-def _interrupted() -> int:
-    console.say("\ninterrupted: what was finished is kept; the same command goes on from there")
-    return INTERRUPTED
+def _refused(error: OSError) -> int:
+    """What the operating system would not do, with a file or with the stream that we print to."""
+    if error.filename:
+        return console.fail(store.explained(error, Path(os.fspath(error.filename))))
+    if error.errno == errno.ENOSPC:
+        hint = "free some space where it goes"
+        return console.fail(ExportyardError(f"can't write the output: {error.strerror}", hint=hint))
+    return _bug(error)
 
 
 def _bug(error: Exception) -> int:

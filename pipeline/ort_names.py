@@ -30,11 +30,8 @@ def make_canonical(path: Path, source: Path) -> None:
             node.output[place] = _name(name, f"{node.name}:out{place}", known, fresh)
     for value in (*model.graph.initializer, *model.graph.value_info):
         value.name = fresh.get(value.name, value.name)
-    weights = sorted(model.graph.initializer, key=lambda tensor: tensor.name)
-    values = sorted(model.graph.value_info, key=lambda value: value.name)
-    del model.graph.initializer[:], model.graph.value_info[:]
-    model.graph.initializer.extend(weights)
-    model.graph.value_info.extend(values)
+    model.graph.initializer.sort(key=lambda tensor: tensor.name)  # in place: a copy would be one of every weight
+    model.graph.value_info.sort(key=lambda value: value.name)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 

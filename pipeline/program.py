@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import re
@@ -161,6 +162,7 @@ def without_paths(trace: str, root: Path) -> str:
     return _FILE_IN_TRACE.sub(lambda found: f'File "{short_path(found.group(1), root)}"', trace)
 
 
+@functools.lru_cache(maxsize=4096)  # a program names few files, many times
 def short_path(path: str, root: Path) -> str:
     """`path` relative to the workspace or to where packages are installed; else its last part."""
     if not Path(path).is_absolute():

@@ -32,7 +32,7 @@ def refused(bench, capsys):
 
     def run(*arguments, code=12):
         before = state(bench.root)
-        found = cli._run([*arguments, "-C", str(bench.root)])
+        found = cli.invoke([*arguments, "-C", str(bench.root)])
         err = capsys.readouterr().err
         assert found == code, err
         assert "a bug in exportyard" not in err
@@ -45,7 +45,7 @@ def refused(bench, capsys):
 
 
 def publish(bench):
-    assert cli._run([*PUBLISH, "-C", str(bench.root)]) == 0
+    assert cli.invoke([*PUBLISH, "-C", str(bench.root)]) == 0
     assert len(bench.tags()) == 1
 
 
@@ -110,13 +110,13 @@ def test_what_a_killed_publish_has_laid_out_is_not_taken_for_the_last_release(be
 def test_pulling_into_a_loop_of_links(bench, tmp_path, capsys):
     publish(bench)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert cli._run(["pull", "tiny", "--to", str(tmp_path / "loop"), "-C", str(bench.root)]) == 12
+    assert cli.invoke(["pull", "tiny", "--to", str(tmp_path / "loop"), "-C", str(bench.root)]) == 12
     assert "a bug in exportyard" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams(bench, closed):
-    command = f"{sys.executable} -c 'from pipeline.cli import main; main()' recipes -C {bench.root} {closed}"
+    command = f"{sys.executable} -m pipeline recipes -C {bench.root} {closed}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

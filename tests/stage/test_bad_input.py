@@ -32,7 +32,7 @@ def failing(root, capsys):
 
     def run(code, *arguments):
         before = sorted(root.rglob("artifact.json"))
-        found = cli._run([*arguments, "-C", str(root)])
+        found = cli.invoke([*arguments, "-C", str(root)])
         out, err = capsys.readouterr()
         assert found == code, err
         assert "Traceback" not in out + err
@@ -102,7 +102,7 @@ def test_toml_that_is_not(root, failing):
 
 
 def test_no_workspace(tmp_path, capsys):
-    assert cli._run(["export", "tiny", "-C", str(tmp_path)]) == 3
+    assert cli.invoke(["export", "tiny", "-C", str(tmp_path)]) == 3
     assert "hint: `exportyard init DIR`" in capsys.readouterr().err
 
 
@@ -372,7 +372,7 @@ def test_a_checkpoint_that_no_file_can_be(root, failing, name):
 @pytest.mark.parametrize("name", ["loop", "a" * 300])
 def test_a_workspace_that_no_folder_can_be(tmp_path, capsys, name):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert cli._run(["export", "tiny", "-C", str(tmp_path / name)]) == 3
+    assert cli.invoke(["export", "tiny", "-C", str(tmp_path / name)]) == 3
     assert "is not a folder" in capsys.readouterr().err
 
 
@@ -528,7 +528,7 @@ def test_a_full_disk_at_each_stage(tmp_path, disk, capfd):
     place, _ = disk
     export = ["export", "tiny", "--target", "any-onnxruntime", "-C", str(place)]
     workspaces.tiny(place, rows=workspaces.ROWS.replace('"int8-u8u8", ', ""))
-    assert cli._run(export) == 0
+    assert cli.invoke(export) == 0
     shutil.copytree(place / "artifacts", tmp_path / "whole")
     for stage in STAGES:
         shutil.rmtree(place / "artifacts/tiny" / stage)
@@ -538,7 +538,7 @@ def test_a_full_disk_at_each_stage(tmp_path, disk, capfd):
             while ballast.write(bytes(4096)):
                 pass
         capfd.readouterr()
-        assert cli._run(export) == StoreError.exit_code, stage
+        assert cli.invoke(export) == StoreError.exit_code, stage
         err = capfd.readouterr().err
         assert "no space left on the disk that holds" in err, stage
         assert "hint: " in err
@@ -554,8 +554,8 @@ def test_a_read_only_disk(disk, capsys):
     place, remount = disk
     workspaces.tiny(place)
     assert remount("ro").returncode == 0
-    assert cli._run(["export", "tiny", "-C", str(place)]) == StoreError.exit_code
+    assert cli.invoke(["export", "tiny", "-C", str(place)]) == StoreError.exit_code
     err = capsys.readouterr().err
     assert "Read-only file system" in err
     assert "hint: make it writable" in err
-    assert cli._run(["status", "tiny", "-C", str(place)]) == 0
+    assert cli.invoke(["status", "tiny", "-C", str(place)]) == 0

@@ -39,7 +39,7 @@ def root(tmp_path_factory):
 
 
 def quantize(root, capsys, *options):
-    code = cli._run(["quantize", "tiny", "-C", str(root), *options])
+    code = cli.invoke(["quantize", "tiny", "-C", str(root), *options])
     return code, *capsys.readouterr()
 
 
@@ -173,7 +173,7 @@ def test_a_report_of_the_same_data_is_not_drawn_again(root):
 def test_doubts_are_in_the_report_and_on_the_terminal(tmp_path, capsys):
     workspaces.tiny(tmp_path, rows=workspaces.ROWS.replace('"int8-u8u8", "fp32"', '"fp32"'))
     np.savez(tmp_path / "recipes" / "tiny" / "calibration.npz", images=workspaces.images(4, 1) * 0.2)
-    assert cli._run(["export", "tiny", "-C", str(tmp_path), "-t", "any-echo"]) == 0
+    assert cli.invoke(["export", "tiny", "-C", str(tmp_path), "-t", "any-echo"]) == 0
     err = capsys.readouterr().err
     assert "warning: [calibration] has 4 rows" in err
     assert "warning: [calibration] input `images` goes from" in err

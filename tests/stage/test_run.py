@@ -64,7 +64,7 @@ def test_a_second_export_makes_nothing(root):
 def test_with_nothing_to_do_torch_is_not_even_imported(root):
     script = (
         "import sys; from pipeline import cli; "
-        f"code = cli._run(['export', 'tiny', '-C', {str(root)!r}]); "
+        f"code = cli.invoke(['export', 'tiny', '-C', {str(root)!r}]); "
         "print(code, sorted({'torch', 'numpy', 'onnx', 'onnxruntime', 'prefect', 'dvc', 'tvm'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", script]
@@ -138,7 +138,7 @@ def test_an_engine_outside_the_budget_is_kept_but_does_not_pass(root):
 def test_one_target_fails_and_the_other_stands(root, capsys):
     rows = root / "targets/targets.toml"
     rows.write_text(rows.read_text().replace("reference = true", 'fail = "build"'))
-    assert cli._run(["export", "tiny", "-C", str(root)]) == 9
+    assert cli.invoke(["export", "tiny", "-C", str(root)]) == 9
     out, err = capsys.readouterr()
     assert "any-onnxruntime" in out
     assert "failed" in out
@@ -158,7 +158,7 @@ def test_several_targets_at_once_give_the_same_engines(exported, tmp_path):
 
 def start(root):
     environment = os.environ | {"NO_COLOR": "1"}
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "export", "tiny", "-C", str(root)]
+    command = [sys.executable, "-m", "pipeline", "export", "tiny", "-C", str(root)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
 
 

@@ -1,6 +1,7 @@
 """The command line's surface is a promise: what there is, what it costs to ask, and how it fails."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def test_the_surface_is_frozen():
 
 @pytest.mark.parametrize("command", ["", *SURFACE])
 def test_each_command_explains_itself(command, capsys):
-    assert cli._run([*command.split(), "--help"]) == 0
+    assert cli.invoke([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert "Usage:" in text
     assert len(text.splitlines()) > 5
@@ -58,11 +59,11 @@ def test_importing_the_command_line_loads_nothing_heavy(tmp_path):
 
 
 def test_help_loads_nothing_heavy(tmp_path):
-    assert loaded_by("from pipeline import cli; cli._run(['export', '--help'])", tmp_path) == "[]"
+    assert loaded_by("from pipeline import cli; cli.invoke(['export', '--help'])", tmp_path) == "[]"
 
 
 def test_the_version(capsys):
-    assert cli._run(["--version"]) == 0
+    assert cli.invoke(["--version"]) == 0
     assert capsys.readouterr().out.strip().count(".") == 2
 
 
@@ -73,7 +74,7 @@ def test_a_bug_of_ours_is_said_and_its_details_kept(monkeypatch, capsys):
         raise ZeroDivisionError("oh")
 
     monkeypatch.setattr(cli.workspace, "find", broken)
-    assert cli._run(["recipes"]) == 1
+    assert cli.invoke(["recipes"]) == 1
     err = capsys.readouterr().err
     assert "a bug in exportyard: ZeroDivisionError: oh" in err
     log = err.split("report it with `")[1].split("`")[0]
@@ -85,16 +86,40 @@ def test_interrupted(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.workspace, "find", stop)
-    assert cli._run(["recipes"]) == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        cli.invoke(["recipes"])
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_stopped_while_modules_are_imported(number, word):
+    command = [sys.executable, "-X", "importtime", "-m", "pipeline", "targets"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stderr is not None
+    seen = iter(process.stderr.readline, "")
+    assert any("pipeline.errors" in line for line in seen)
+    process.send_signal(number)
+    rest = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 128 + number
+    assert f"{word}: what was finished is kept" in rest
+    assert "Traceback" not in rest
+
+
+def test_output_that_can_not_be_written():
+    command = [sys.executable, "-m", "pipeline", "targets"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "can't write" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_recipes_and_targets_as_json(tmp_path, capsys):
     from tests import workspaces
 
     workspaces.tiny(tmp_path)
-    assert cli._run(["recipes", "--json", "-C", str(tmp_path)]) == 0
+    assert cli.invoke(["recipes", "--json", "-C", str(tmp_path)]) == 0
     assert [recipe["name"] for recipe in json.loads(capsys.readouterr().out)] == ["tiny"]
-    assert cli._run(["targets", "--json", "-C", str(tmp_path)]) == 0
+    assert cli.invoke(["targets", "--json", "-C", str(tmp_path)]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["name"]: row["missing"] for row in rows} == {"any-onnxruntime": None, "any-echo": None}
