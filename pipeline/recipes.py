@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,7 +20,6 @@ from pipeline.errors import ExportyardError, RecipeError, first_line, unknown
 from pipeline.types import Recipe
 
 _import_lock = threading.RLock()
-_used: set[str] = set()  # folders of recipes whose code this process has imported, still there or not
 # an environment may lie inside the workspace, and exportyard's own clone is one
 _NOT_USERS = (Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib")), Path(__file__).parent)
 
@@ -150,7 +150,7 @@ def resolve(recipe: Recipe, source: str, setting: str) -> Callable[..., Any]:
     """
     module_name, _, attribute = source.partition(":")
     with _import_lock:
-        _use_code_of(recipe)
+        _use_code_of(recipe, source)
         try:
             module = importlib.import_module(module_name)
         except KeyboardInterrupt:
@@ -203,19 +203,46 @@ def is_users(file: str, root: Path) -> bool:
     return path.is_relative_to(root) and not any(path.is_relative_to(place) for place in _NOT_USERS)
 
 
-def _use_code_of(recipe: Recipe) -> None:
-    """Make the recipe's modules importable by their plain names, and forget other recipes' modules of those names."""
-    wanted = [str(recipe.folder), str(recipe.root)]
-    _used.add(str(recipe.folder))
-    others = _used - {str(recipe.folder)}
-    sys.path[:] = wanted + [entry for entry in sys.path if entry not in wanted and entry not in others]
+class _Code:
+    """The modules of one recipe, which share their plain names (``model``) with those of others.
+
+    They are set aside, not forgotten, while another recipe is at work: a module that registers an operator of torch
+    can't be imported twice.
+    """
+
+    def __init__(self) -> None:
+        self.files: set[str] = set()
+        self.aside: dict[str, ModuleType] = {}
+
+    def give_way(self, keep: set[str]) -> None:
+        """Leave `sys.modules`, but for what the next recipe uses, too."""
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if file in self.files and file not in keep:
+                self.aside[name] = sys.modules.pop(name)
+
+    def come_back(self) -> None:
+        """Be importable again."""
+        sys.modules.update(self.aside)
+        self.aside.clear()
+
+
+_codes: dict[Path, _Code] = {}  # by the recipe's folder
+
+
+def _use_code_of(recipe: Recipe, source: str) -> None:
+    """Make `recipe` the one whose modules are found by their plain names."""
+    mine = _codes.setdefault(recipe.folder, _Code())
+    # what is loaded already for another reason, as in a program that has us as a library, is no recipe's own
+    loaded = {getattr(module, "__file__", None) for module in sys.modules.values()}
+    known = {file for code in _codes.values() for file in code.files}
+    found = {str(path) for path in code_files(recipe, source) if is_users(str(path), recipe.root)}
+    mine.files |= found - (loaded - known)
+    for folder, other in _codes.items():
+        if folder != recipe.folder:
+            other.give_way(mine.files)
+    mine.come_back()
+    places = [str(recipe.folder), str(recipe.root)]
+    others = {str(folder) for folder in _codes} - set(places)
+    sys.path[:] = places + [entry for entry in sys.path if entry not in places and entry not in others]
     importlib.invalidate_caches()
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if file is not None and str(folder := Path(file).parent) in others and not _is_other_code(folder):
-            del sys.modules[name]
-
-
-def _is_other_code(folder: Path) -> bool:
-    """Whether `folder` is there and holds no recipe: then its modules are more than a recipe's own."""
-    return folder.is_dir() and not (folder / "recipe.toml").is_file()
