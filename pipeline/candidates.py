@@ -132,6 +132,8 @@ def _outcome(verdict: Verdict, scheme: Scheme) -> str:
         return "; ".join(parity.reasons)
     if verdict.latency is None or verdict.scheme is None:
         return "within budget"
+    if not verdict.latency.rows:
+        return f"within budget, {verdict.latency.not_measured}"
     unpaid = choice.unpaid(verdict.latency, scheme)
     if unpaid is not None:
         return unpaid

@@ -41,6 +41,8 @@ def choose(
     if latency is None or len(passed) == 1:
         why = "the only form that passed" if len(target.schemes) > 1 else "the row's only form"
         return passed[0], "; ".join([why, *notes])
+    if not latency.rows:
+        return passed[0], "; ".join([f"the row's first form that passed ({latency.not_measured})", *notes])
     dear = {scheme: reason for scheme in passed if (reason := unpaid(latency, scheme)) is not None}
     paying = [scheme for scheme in passed if scheme not in dear]
     fastest = max(paying, key=lambda scheme: speed(latency, scheme))
@@ -90,8 +92,15 @@ def unpaid(latency: LatencyReport, scheme: Scheme) -> str | None:
 
 
 def speed(latency: LatencyReport, scheme: Scheme) -> float:
-    """Speed relative to eager PyTorch on one thread: the geometric mean over all measured sizes."""
-    return _mean([row.versus_eager[scheme].median for row in _telling(latency.rows)])
+    """Speed on one thread, the geometric mean over all measured sizes: relative to eager PyTorch, or on a device,
+    where there is none, in calls a millisecond.
+    """
+    return _mean(
+        [
+            row.versus_eager[scheme].median if row.versus_eager else 1 / row.engines[scheme].median_ms
+            for row in _telling(latency.rows)
+        ]
+    )
 
 
 def _telling(rows: Sequence[LatencyRow]) -> list[LatencyRow]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from pipeline import backends, digest, host, recipes, store
+from pipeline import targets as rows_of
 from pipeline.errors import CheckpointError, DataError, NotApplicable, UnavailableError, nearest
 from pipeline.store import Key, Made, write_json
 from pipeline.types import Audit, LatencyReport, ParityReport, Recipe, Reporter, Scheme, Target, no_report
@@ -319,6 +320,7 @@ class Job:
             config = self.recipe.model_dump(mode="json", include={"axes", "inputs", "outputs", "evaluation"})
             config["budget"] = self.recipe.budget.model_dump(mode="json", exclude={"min_int8_share"})
             config["vs_onnx"] = target.vs_onnx[scheme].plain()
+            config |= _place(target)
             tools = _tools("torch", "onnxruntime", "numpy") | recipes.code_tools(self.recipe, *metric)
             return Key("parity", inputs, config, tools | dict(backends.find(target.backend).tools(target)))
 
@@ -361,7 +363,7 @@ class Job:
             inputs: dict[str, str] = {scheme: self.engine(target, scheme).stored.digest for scheme in schemes}
             inputs["program"] = self.program().stored.digest
             config = self.recipe.model_dump(mode="json", include={"axes", "inputs"})
-            config |= {"cpu": host.cpu_name(), "threads": host.cpu_count()}
+            config |= {"cpu": host.cpu_name(), "threads": host.cpu_count()} | _place(target)
             return Key("latency", inputs, config, dict(backends.find(target.backend).tools(target)) | _tools("torch"))
 
         def work(out: Path) -> Mapping[str, JsonValue]:
@@ -426,6 +428,13 @@ def check_checkpoint_file(path: Path) -> None:
 def _copy(source: Path, out: Path) -> Mapping[str, JsonValue]:
     shutil.copyfile(source, out / f"model{source.suffix}")
     return {"source": source.name}
+
+
+def _place(target: Target) -> dict[str, JsonValue]:
+    """Where engines of `target` are run, when that isn't this host: part of the key of what is measured there."""
+    if target.device is not None:
+        return {"device": target.device.plain()}
+    return {"place": "emulator"} if rows_of.unfit(target) is not None else {}
 
 
 def _tools(*distributions: str) -> dict[str, str]:

@@ -50,20 +50,24 @@ class ParitySummary(Frozen):
 
 
 class LatencyLine(Frozen):
-    """Wall time of one call at one combination of axis sizes; `versus_eager` is how many times faster the engine is."""
+    """Wall time of one call at one combination of axis sizes; `versus_eager` is how many times faster the engine is.
+
+    On a device there is no eager PyTorch to compare with.
+    """
 
     sizes: Mapping[str, int]
     threads: int
-    eager: Timing
+    eager: Timing | None = None
     engine: Timing
-    versus_eager: float
+    versus_eager: float | None = None
 
 
 class Latency(Frozen):
-    """How fast the engine is, and on what that was measured."""
+    """How fast the engine is, and on what that was measured; or why it wasn't."""
 
     cpu: str
     rows: tuple[LatencyLine, ...]
+    not_measured: str | None = None
 
 
 class Engine(Frozen):

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from pipeline import candidates, console
 from pipeline.candidates import Candidate, Speed
-from pipeline.types import Distance, ParityReport, SizeParity
+from pipeline.types import Distance, LatencyReport, ParityReport, Scheme, SizeParity
 
 if TYPE_CHECKING:
     from pipeline.run import Verdict
@@ -62,17 +62,24 @@ def row(verdict: Verdict) -> list[str]:
     if verdict.scheme is None or verdict.parity is None or verdict.latency is None or verdict.engine is None:
         return [verdict.target.name, "", "", "", "", "", "", told]
     metric = verdict.parity.metric
-    first = verdict.latency.rows[0]
     return [
         verdict.target.name,
         verdict.scheme,
         console.size(verdict.engine.size_bytes),
         decibels(worst_sqnr_db(verdict.parity.sizes)),
         f"{metric.engine:.4f} ({metric.engine - metric.eager:+.4f})",
-        f"{first.engines[verdict.scheme].median_ms:.3g} ms",
-        f"{first.versus_eager[verdict.scheme].median:.2f}x",
+        *_speed(verdict.latency, verdict.scheme),
         told,
     ]
+
+
+def _speed(latency: LatencyReport, scheme: Scheme) -> list[str]:
+    """Time of one call at the first timing, and how many times faster than eager PyTorch that is, as far as known."""
+    if not latency.rows:
+        return ["not measured", ""]
+    first = latency.rows[0]
+    ratio = f"{first.versus_eager[scheme].median:.2f}x" if first.versus_eager else ""
+    return [f"{first.engines[scheme].median_ms:.3g} ms", ratio]
 
 
 def parity_rows(reports: Sequence[tuple[str, ParityReport]]) -> list[list[str]]:

@@ -68,12 +68,23 @@ def unfit(target: Target) -> str | None:
     return None
 
 
+def not_measured(target: Target) -> str | None:
+    """Why times taken here would say nothing about the target's hardware (it is emulated), or None."""
+    reason = None if target.device is not None else unfit(target)
+    return None if reason is None else f"not measured on the device: {reason}"
+
+
 def check_options(target: Target, known: Iterable[str]) -> None:
-    """Refuse an option that the target's backend does not have.
+    """Refuse an option that the target's backend does not have, and a device that it can't use.
 
     Raises:
         UsageError: names the nearest option.
     """
+    if target.device is not None and "device.rpc" not in set(known):
+        raise UsageError(
+            f"backend `{target.backend}` can't run engines on a device (target `{target.name}`)",
+            hint="take the table `device` out of the row; the backend `tvm` can use one",
+        )
     for option in target.options:
         if option not in set(known):
             raise UsageError(

@@ -268,6 +268,22 @@ class Recipe(Frozen):
         return self
 
 
+class Device(Frozen):
+    """A board on which engines of a row are run.
+
+    Attributes:
+        rpc: ``host:port`` of a TVM RPC server there.
+    """
+
+    rpc: str = Field(pattern=r"^[^:\s]+:[0-9]{1,5}$")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        name, _, port = self.rpc.rpartition(":")
+        return name, int(port)
+
+
 class Target(Frozen):
     """One row of ``targets/targets.toml``: hardware, backend and precision policy.
 
@@ -278,6 +294,7 @@ class Target(Frozen):
         schemes: candidate numeric forms, best expected first; measurement decides.
         vs_onnx: for each scheme, how far an engine may be from the ONNX graph that it was built from.
         pool: Prefect work pool whose workers can build and run it.
+        device: where its engines are run; without it, on this host or under an emulator.
     """
 
     name: Name
@@ -291,6 +308,7 @@ class Target(Frozen):
     vs_onnx: Mapping[Scheme, Tolerance]
     pool: str = "cpu"
     options: Mapping[str, str | int | bool] = {}
+    device: Device | None = None
 
     @model_validator(mode="after")
     def _covered(self) -> Target:
@@ -439,29 +457,51 @@ class LatencyRow(Frozen):
 
     Attributes:
         threads: how many threads each of them had.
-        versus_eager: for each scheme, eager PyTorch's time over its own in the same round.
+        eager: PyTorch's time; None on a device, which has none.
+        versus_eager: for each scheme, eager PyTorch's time over its own in the same round; empty on a device.
         versus_fp32: likewise against the target's fp32 form; empty if that isn't among the candidates.
     """
 
     sizes: Mapping[str, int]
     threads: int
-    eager: Timing
+    eager: Timing | None = None
     engines: Mapping[Scheme, Timing]
-    versus_eager: Mapping[Scheme, Ratio]
+    versus_eager: Mapping[Scheme, Ratio] = {}
     versus_fp32: Mapping[Scheme, Ratio] = {}
 
 
 class LatencyReport(Frozen):
-    """``latency.json``: how fast each candidate is; and on what it was measured."""
+    """``latency.json``: how fast each candidate is; and on what it was measured.
+
+    Attributes:
+        not_measured: why there are no rows: an emulator's time is no time.
+    """
 
     recipe: str
     target: str
     cpu: str
     rows: tuple[LatencyRow, ...]
+    not_measured: str | None = None
 
 
 Runner = Callable[["Tensors"], "dict[str, NDArray[np.generic]]"]
 """A loaded engine: feeds by input name in, outputs by name out; the arrays returned belong to the caller."""
+
+
+class DeviceRunner(Protocol):
+    """A `Runner` whose engine is on a row's `device`. It can tell the engine's time from the network's."""
+
+    def __call__(self, feeds: Tensors, /) -> dict[str, NDArray[np.generic]]:
+        """As any runner."""
+        ...
+
+    def cores(self) -> int:
+        """Threads that the device runs an operator with when nothing else is asked for."""
+        ...
+
+    def seconds(self, feeds: Tensors, calls: int, /) -> float:
+        """Mean wall time of one of `calls` calls, by the device's own clock."""
+        ...
 
 
 class Backend(Protocol):
@@ -471,7 +511,8 @@ class Backend(Protocol):
 
     Attributes:
         name: what `Target.backend` says.
-        option_names: keys of `Target.options` that it understands.
+        option_names: keys of `Target.options` that it understands; with ``device.rpc`` if it can run engines on a
+            row's `device`, its `load` then yields a `DeviceRunner`.
         schemes: numeric forms that it can carry.
     """
 

@@ -9,16 +9,21 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from pydantic import JsonValue
 
-from pipeline import backends, host, reference, samples
+from pipeline import backends, host, reference, samples, targets
+from pipeline.errors import BuildError
 from pipeline.store import Stored, write_json
-from pipeline.types import LatencyReport, LatencyRow, Ratio, Recipe, Reporter, Scheme, Target, Timing
+from pipeline.types import DeviceRunner, LatencyReport, LatencyRow, Ratio, Recipe, Reporter, Scheme, Target, Timing
+
+if TYPE_CHECKING:
+    from pipeline.types import Tensors
 
 BUDGET_S = 1.0  # of measuring, for each combination of sizes and threads
 BURST_S = 0.01  # a turn of a fast runner
@@ -37,11 +42,28 @@ def benchmark(
 ) -> dict[str, JsonValue]:
     """Time `engines` and eager PyTorch at batch 1 and at every axis's opt, on one core and on all of them.
 
-    Writes ``latency.json``.
+    On a row's device the engines alone are timed, by its clock; under an emulator nothing is. Writes
+    ``latency.json``.
 
     Raises:
         BuildError: an engine can't be loaded.
+        UnavailableError: the device doesn't answer.
     """
+    idle = targets.not_measured(target)
+    if idle is not None:
+        cpu, rows = target.arch, []
+    elif target.device is not None:
+        cpu, rows = f"{target.arch} (over RPC)", _on_device(recipe, target, engines, report)
+    else:
+        cpu, rows = host.cpu_name(), _here(recipe, target, engines, program, report)
+    found = LatencyReport(recipe=recipe.name, target=target.name, cpu=cpu, rows=tuple(rows), not_measured=idle)
+    write_json(out / "latency.json", found.plain())
+    return {"rows": len(rows)}
+
+
+def _here(
+    recipe: Recipe, target: Target, engines: Mapping[Scheme, Stored], program: Stored, report: Reporter
+) -> list[LatencyRow]:
     rows: list[LatencyRow] = []
     steps = [(threads, sizes) for threads in timed_threads() for sizes in timed_sizes(recipe)]
     for threads in timed_threads():
@@ -54,9 +76,47 @@ def benchmark(
                 feeds = samples.feeds(recipe, sizes, seed=1)
                 calls = {name: partial(run, feeds) for name, run in runners.items()}
                 rows.append(_row(sizes, threads, interleaved(calls)))
-    found = LatencyReport(recipe=recipe.name, target=target.name, cpu=host.cpu_name(), rows=tuple(rows))
-    write_json(out / "latency.json", found.plain())
-    return {"rows": len(rows)}
+    return rows
+
+
+def _on_device(recipe: Recipe, target: Target, engines: Mapping[Scheme, Stored], report: Reporter) -> list[LatencyRow]:
+    rows: list[LatencyRow] = []
+    sizes_of = timed_sizes(recipe)
+    for threads in _device_threads(target, engines):
+        for sizes in sizes_of:
+            report(len(rows), 2 * len(sizes_of), f"latency {target.name} at {dict(sizes)}, {threads} threads")
+            feeds = samples.feeds(recipe, sizes, seed=1)
+            turns: dict[str, Turns] = {}
+            for scheme, engine in engines.items():
+                # one at a time: a board may not have the memory for two
+                with _loaded_there(engine, target, threads) as run:
+                    turns[scheme] = _timed_there(run, feeds)
+            rows.append(_row(sizes, threads, turns))
+    return rows
+
+
+def _device_threads(target: Target, engines: Mapping[Scheme, Stored]) -> list[int]:
+    with _loaded_there(next(iter(engines.values())), target, None) as run:
+        return sorted({1, run.cores()})
+
+
+@contextlib.contextmanager
+def _loaded_there(engine: Stored, target: Target, threads: int | None) -> Iterator[DeviceRunner]:
+    with backends.loaded(engine, target, threads) as run:
+        if not hasattr(run, "seconds"):
+            raise BuildError(
+                f"backend `{target.backend}` takes a device but can't time an engine there",
+                hint="its `load` must yield a `pipeline.types.DeviceRunner`",
+            )
+        yield cast("DeviceRunner", run)
+
+
+def _timed_there(run: DeviceRunner, feeds: Tensors) -> Turns:
+    cost = max(run.seconds(feeds, 1), 1e-6)
+    calls = max(1, min(100, int(BURST_S / cost)))
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(BUDGET_S / (cost * calls))))
+    found = [run.seconds(feeds, calls) for _ in range(rounds)]
+    return Turns(found, found)
 
 
 def timed_threads() -> list[int]:
@@ -126,9 +186,11 @@ def _row(sizes: Mapping[str, int], threads: int, turns: Mapping[str, Turns]) -> 
     return LatencyRow(
         sizes=sizes,
         threads=threads,
-        eager=_timing(turns["eager"].clock_s),
+        eager=_timing(turns["eager"].clock_s) if "eager" in turns else None,
         engines={scheme: _timing(turns[scheme].clock_s) for scheme in schemes},
-        versus_eager={scheme: _ratio(paired["eager"], paired[scheme]) for scheme in schemes},
+        versus_eager={scheme: _ratio(paired["eager"], paired[scheme]) for scheme in schemes}
+        if "eager" in turns
+        else {},
         versus_fp32={scheme: _ratio(paired["fp32"], paired[scheme]) for scheme in schemes} if "fp32" in turns else {},
     )
 
@@ -140,6 +202,7 @@ def _timing(seconds: list[float]) -> Timing:
 
 def _ratio(base: list[float], other: list[float]) -> Ratio:
     # a turn too short for the processor's clock counts as one tick of it
-    ratios = (max(one, TICK_S) / max(two, TICK_S) for one, two in zip(base, other, strict=True))
+    # on a device a slow engine has fewer rounds
+    ratios = (max(one, TICK_S) / max(two, TICK_S) for one, two in zip(base, other, strict=False))
     low, middle, high = statistics.quantiles(ratios, n=4)
     return Ratio(median=middle, p25=low, p75=high)

@@ -126,7 +126,7 @@ def _engine(
     parity = summary(item.parity)
     found = [distance for rows in _measured(item, feeds, expected) for distance in rows]
     return Engine(
-        target=item.target,
+        target=item.target.model_copy(update={"device": None}),  # where our board is concerns nobody
         scheme=item.scheme,
         reason=item.reason,
         tools=item.engine.artifact.tools,
@@ -239,8 +239,8 @@ def _latency(item: Chosen) -> Latency:
             threads=row.threads,
             eager=row.eager,
             engine=row.engines[item.scheme],
-            versus_eager=row.versus_eager[item.scheme].median,
+            versus_eager=row.versus_eager[item.scheme].median if row.versus_eager else None,
         )
         for row in item.latency.rows
     )
-    return Latency(cpu=item.latency.cpu, rows=rows)
+    return Latency(cpu=item.latency.cpu, rows=rows, not_measured=item.latency.not_measured)
