@@ -10,20 +10,11 @@ from typing import TYPE_CHECKING, Any
 from pipeline import choice
 from pipeline.job import SEARCH
 from pipeline.store import Stored
-from pipeline.types import Audit, Frozen, LatencyReport, ParityReport, Scheme
+from pipeline.types import Audit, Frozen, LatencyReport, ParityReport, Scheme, Speed, Tried
 
 if TYPE_CHECKING:
     from pipeline.job import Job
     from pipeline.run import Verdict
-
-
-class Speed(Frozen):
-    """One timing of a candidate; the ratio says how many times faster than fp32 it is, in the same rounds."""
-
-    sizes: Mapping[str, int]
-    threads: int
-    median_ms: float
-    versus_fp32: float | None = None
 
 
 class LeftInFloat(Frozen):
@@ -44,40 +35,19 @@ class Sensitive(Frozen):
     macs_share: float | None = None
 
 
-class Candidate(Frozen):
-    """One numeric form of one target.
+class Candidate(Tried):
+    """One numeric form of one target, with all that a page can show of it.
 
     Attributes:
-        method: how activation ranges were read; None where there are none to read.
         left_in_float: operators that multiply and that this INT8 form leaves in float, by its own choice.
         fell_back: those that the engine runs in float although the form wants them in INT8.
         sensitive: operators by what 8 bits cost them, the most sensitive first; empty where no search was made.
-        size_bytes: of the engine's files.
-        metric: of the engine on the evaluation data, and of eager fp32.
-        drop: how far the metric falls below that of eager fp32; negative where it rises.
-        sqnr_db: the worst over all outputs, on the evaluation data, against eager fp32; likewise `cosine`.
-        int8_share: share of the engine's compute that runs in INT8; `not_audited` says why it isn't known.
-        outcome: ``chosen``, or why not.
     """
 
     target: str
-    scheme: Scheme
-    outcome: str
-    chosen: bool = False
-    method: str | None = None
     left_in_float: tuple[LeftInFloat, ...] = ()
     fell_back: tuple[LeftInFloat, ...] = ()
     sensitive: tuple[Sensitive, ...] = ()
-    size_bytes: int | None = None
-    metric: float | None = None
-    eager_metric: float | None = None
-    drop: float | None = None
-    budget: float | None = None
-    sqnr_db: float | None = None
-    cosine: float | None = None
-    speeds: tuple[Speed, ...] = ()
-    int8_share: float | None = None
-    not_audited: str | None = None
 
 
 def of(job: Job, verdict: Verdict) -> list[Candidate]:
@@ -85,6 +55,11 @@ def of(job: Job, verdict: Verdict) -> list[Candidate]:
     if verdict.status == "not built here":
         return []
     return [_candidate(job, verdict, scheme) for scheme in verdict.target.schemes]
+
+
+def numbers(found: list[Candidate]) -> tuple[Tried, ...]:
+    """What of them a manifest keeps."""
+    return tuple(Tried.model_validate(one.model_dump(include=set(Tried.model_fields))) for one in found)
 
 
 def _candidate(job: Job, verdict: Verdict, scheme: Scheme) -> Candidate:

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline import digest
 from pipeline.errors import ReleaseError, unknown
-from pipeline.types import Distance, Frozen, MetricResult, Scheme, Signature, Target, Timing, Tolerance
+from pipeline.types import Distance, Frozen, MetricResult, Scheme, Signature, Target, Timing, Tolerance, Tried
 
 FILE = "manifest.json"
 GOLDEN = "golden.safetensors"
@@ -106,6 +106,7 @@ class Manifest(Frozen):
         data: content digest of the calibration and evaluation data.
         tools: versions that decided the bytes of the captured program.
         skipped: for each target without an engine here, the reason.
+        tried: for each target, every numeric form that was tried, with its numbers; empty in older releases.
     """
 
     format: Literal[1] = 1
@@ -118,6 +119,7 @@ class Manifest(Frozen):
     signature: Signature
     engines: Mapping[str, Engine]
     skipped: Mapping[str, str]
+    tried: Mapping[str, tuple[Tried, ...]] = {}
     golden: Golden
 
     def text(self) -> str:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from pipeline import digest, git, manifest, recipes, record, registry, store, tags
+from pipeline import candidates, digest, git, manifest, recipes, record, registry, store, tags
 from pipeline.errors import ReleaseError
 from pipeline.job import STATIC_SCHEMES, Job
 from pipeline.manifest import Manifest
 from pipeline.record import Step, step_name
 from pipeline.store import Key, Made
 from pipeline.tags import Bump
-from pipeline.types import Chosen, Scheme, Target
+from pipeline.types import Chosen, Scheme, Target, Tried
 
 if TYPE_CHECKING:
     from pipeline.run import Verdict
@@ -59,7 +59,8 @@ def publish(job: Job, verdicts: Sequence[Verdict], bump: Bump = "patch", *, allo
                 return Published(str(release.version), release.tag, path, fresh=False)
         version = str(tags.next_version([release.version for release in existing], bump))
         with _kept(job.folder / "release", {str(release.version) for release in existing}):
-            made = _lay_out(job, chosen, skipped, version, git.head(root), dirty=bool(dirty))
+            tried = {found.target.name: candidates.numbers(candidates.of(job, found)) for found in verdicts}
+            made = _lay_out(job, chosen, skipped, tried, version, git.head(root), dirty=bool(dirty))
             path = made.stored.file(manifest.FILE)
             message = "\n".join(f"{item.target.name}: {item.scheme}" for item in chosen)
             done = record.record(turn, steps(job, chosen), recipe, path.read_text(), version, message)
@@ -142,18 +143,26 @@ def _planned_content(job: Job, chosen: Sequence[Chosen]) -> dict[str, object]:
 
 
 def _lay_out(
-    job: Job, chosen: Sequence[Chosen], skipped: Mapping[str, str], version: str, commit: str, *, dirty: bool
+    job: Job,
+    chosen: Sequence[Chosen],
+    skipped: Mapping[str, str],
+    tried: Mapping[str, tuple[Tried, ...]],
+    version: str,
+    commit: str,
+    *,
+    dirty: bool,
 ) -> Made:
     program, checkpoint, data = job.program().stored, job.checkpoint().stored, job.data().stored
     inputs = {item.target.name: item.engine.digest for item in chosen}
     inputs |= {"program": program.digest, "checkpoint": checkpoint.digest, "data": data.digest}
-    evidence = [[item.scheme, item.reason, item.parity.plain(), item.latency.plain()] for item in chosen]
+    evidence: list[object] = [[item.scheme, item.reason, item.parity.plain(), item.latency.plain()] for item in chosen]
+    evidence.append({name: [one.plain() for one in found] for name, found in tried.items()})
     config: dict[str, JsonValue] = {"version": version, "commit": commit, "dirty": dirty, "skipped": dict(skipped)}
 
     def work(out: Path) -> Mapping[str, JsonValue]:
         from pipeline.stages.publish import lay_out
 
-        return lay_out(job.recipe, chosen, skipped, program, checkpoint, data, version, commit, dirty, out)
+        return lay_out(job.recipe, chosen, skipped, tried, program, checkpoint, data, version, commit, dirty, out)
 
     return store.make(
         job.folder / "release", Key("release", inputs, config | {"evidence": digest.of_json(evidence)}), work

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from pipeline import candidates, console
-from pipeline.candidates import Candidate, Speed
-from pipeline.types import Distance, LatencyReport, ParityReport, Scheme, SizeParity
+from pipeline.candidates import Candidate
+from pipeline.types import Distance, LatencyReport, ParityReport, Scheme, SizeParity, Speed
 
 if TYPE_CHECKING:
     from pipeline.run import Verdict

@@ -560,6 +560,44 @@ class Backend(Protocol):
         ...
 
 
+class Speed(Frozen):
+    """One timing of a candidate; the ratio says how many times faster than fp32 it is, in the same rounds."""
+
+    sizes: Mapping[str, int]
+    threads: int
+    median_ms: float
+    versus_fp32: float | None = None
+
+
+class Tried(Frozen):
+    """One numeric form that was tried for a target, and what was found out about it.
+
+    Attributes:
+        outcome: ``chosen``, or why not.
+        method: how activation ranges were read; None where there are none to read.
+        size_bytes: of the engine's files.
+        metric: of the engine on the evaluation data, and of eager fp32.
+        drop: how far the metric falls below that of eager fp32; negative where it rises.
+        sqnr_db: the worst over all outputs, on the evaluation data, against eager fp32; likewise `cosine`.
+        int8_share: share of the engine's compute that runs in INT8; `not_audited` says why it isn't known.
+    """
+
+    scheme: Scheme
+    outcome: str
+    chosen: bool = False
+    method: str | None = None
+    size_bytes: int | None = None
+    metric: float | None = None
+    eager_metric: float | None = None
+    drop: float | None = None
+    budget: float | None = None
+    sqnr_db: float | None = None
+    cosine: float | None = None
+    speeds: tuple[Speed, ...] = ()
+    int8_share: float | None = None
+    not_audited: str | None = None
+
+
 @dataclass(frozen=True)
 class Chosen:
     """What a release ships for one target: the engine that won, and the evidence."""

@@ -16,7 +16,7 @@ from pipeline import backends, compare, digest, manifest, reference, samples
 from pipeline.errors import ReleaseError, StoreError
 from pipeline.manifest import Engine, Golden, Latency, LatencyLine, Manifest, ParitySummary, ReleaseFile
 from pipeline.store import Stored
-from pipeline.types import Axis, Chosen, Distance, ParityReport, Recipe, Runner, Tolerance
+from pipeline.types import Axis, Chosen, Distance, ParityReport, Recipe, Runner, Tolerance, Tried
 
 Array = NDArray[Any]
 SEED = 20_000  # of the golden inputs; any number that parity does not use
@@ -28,6 +28,7 @@ def lay_out(
     recipe: Recipe,
     chosen: Sequence[Chosen],
     skipped: Mapping[str, str],
+    tried: Mapping[str, tuple[Tried, ...]],
     program: Stored,
     checkpoint: Stored,
     data: Stored,
@@ -40,6 +41,7 @@ def lay_out(
 
     Args:
         skipped: for each target without an engine, the reason.
+        tried: for each target, every numeric form that was tried.
         version: semantic version without ``v``.
         commit: of the code that made the engines; `dirty` if recipe or targets had uncommitted changes.
 
@@ -65,6 +67,7 @@ def lay_out(
         signature=program.signature(),
         engines=engines,
         skipped=dict(skipped),
+        tried=dict(tried),
         golden=Golden(file=_described(out, manifest.GOLDEN), cases=sizes),
     )
     (out / manifest.FILE).write_text(made.text())

@@ -16,6 +16,7 @@ from prefect.client.schemas.objects import State
 from flows import server
 from flows.export import Outcome, export
 from flows.server import deliver
+from pipeline import manifest
 from pipeline.errors import BuildError, UsageError
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ def test_a_recipe_becomes_a_release_and_the_second_time_nothing_is_done(new_benc
     assert isinstance(outcome, Outcome)
     assert [verdict.scheme for verdict in outcome.verdicts] == ["fp32", "fp32"]
     assert bench.tags() == ["tiny@v1.0.0"]
+    tried = manifest.load(bench.root / "artifacts/tiny/release").tried
+    assert {name: [(one.scheme, one.outcome) for one in forms] for name, forms in tried.items()} == {
+        name: [("fp32", "chosen")] for name in ("good", "other")
+    }
+    assert all(one.speeds and one.sqnr_db and one.size_bytes for forms in tried.values() for one in forms)
     shown = artifacts(state.state_details.flow_run_id)
     assert shown["tiny-summary"]["type"] == "table"
     assert "good" in shown["tiny-summary"]["data"]

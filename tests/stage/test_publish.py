@@ -20,9 +20,22 @@ from pipeline.types import (
     ParityReport,
     Ratio,
     SizeParity,
+    Speed,
     Timing,
+    Tried,
 )
 from tests import workspaces
+
+TRIED = {
+    "any-echo": (
+        Tried(scheme="fp32", outcome="chosen", chosen=True, sqnr_db=120.0, size_bytes=2_000),
+        Tried(
+            scheme="int8-u8s8",
+            outcome="0.80x of fp32",
+            speeds=(Speed(sizes={"batch": 1}, threads=1, median_ms=2.0, versus_fp32=0.8),),
+        ),
+    )
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +82,7 @@ def chosen(job):
 def written(job, chosen, out):
     out.mkdir()
     stored = job.program().stored, job.checkpoint().stored, job.data().stored
-    return lay_out(job.recipe, [chosen], {"web": "not built here"}, *stored, "1.2.0", "c" * 40, False, out)
+    return lay_out(job.recipe, [chosen], {"web": "not built here"}, TRIED, *stored, "1.2.0", "c" * 40, False, out)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +96,7 @@ def test_every_file_is_described_and_nothing_else_is_there(release, job, chosen)
     found = manifest.load(release)
     assert (found.recipe, found.version, found.source.commit, found.source.dirty) == ("tiny", "1.2.0", "c" * 40, False)
     assert found.skipped == {"web": "not built here"}
+    assert found.tried == TRIED
     assert found.signature == job.program().stored.signature()
     assert found.data == job.data().stored.digest
     assert list(found.checkpoint) == ["model.safetensors"]
@@ -134,7 +148,7 @@ def test_an_engine_that_failed_parity_is_not_published(job, chosen, tmp_path):
 def test_a_release_needs_an_engine(job, tmp_path):
     stored = job.program().stored, job.checkpoint().stored, job.data().stored
     with pytest.raises(ReleaseError, match="no engine of `tiny` to publish"):
-        lay_out(job.recipe, [], {}, *stored, "1.0.0", "c" * 40, False, tmp_path)
+        lay_out(job.recipe, [], {}, {}, *stored, "1.0.0", "c" * 40, False, tmp_path)
 
 
 def test_an_engine_that_changed_since_it_was_verified_is_refused(job, chosen, tmp_path):
