@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
 from types import FrameType
 from typing import NoReturn
+
+# Tracing and converting make millions of small objects that live on; looking through them at Python's own pace takes
+# a tenth of an export's time (`benchmarks/overhead.py`).
+GARBAGE_THRESHOLDS = (200_000, 30, 30)
 
 
 class Ending:
@@ -25,6 +30,7 @@ class Ending:
 
 def main() -> None:
     """Entry point. Whatever happens, also while modules are imported, ends in a message and an exit code."""
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     ending = Ending()
     signal.signal(signal.SIGTERM, ending)
     # a shell can close both (`>&-`), and Python then has nothing in their place
