@@ -4,15 +4,17 @@
 
 Options of a row:
     import: ``onnx`` (default) or ``program``: which artifact it reads.
-    weights: ``inside`` the library, ``beside`` it, or ``auto`` (default): beside it when it would be too large.
     threads: threads that run one operator; 0 (default) takes every core.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
+import shutil
+import subprocess
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import JsonValue
 
-from pipeline import host, targets, tvm_link, tvm_weights
+from pipeline import host, targets
 from pipeline.backends import checked
 from pipeline.errors import BuildError, StoreError, UnavailableError, UsageError, unknown
 from pipeline.types import Runner, Scheme, Signature, Target
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
     from pipeline.tvm_schedules import Registers
     from pipeline.types import Tensors
 
+FILE = "model.so"
 SOURCES = ("onnx", "program")
-PLACES = ("auto", "inside", "beside")
 
 # LLVM processors that `native` may mean, best first, with the features that make a CPU one of them.
 NATIVE: Mapping[str, Sequence[tuple[str, frozenset[str]]]] = {
@@ -49,14 +51,20 @@ NATIVE: Mapping[str, Sequence[tuple[str, frozenset[str]]]] = {
     ),
     "aarch64": (("neoverse-n1", frozenset({"asimddp", "asimdhp", "atomics"})), ("cortex-a53", frozenset())),
 }
+TRIPLES = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
+PACKAGES = {"x86_64": "g++-x86-64-linux-gnu", "aarch64": "g++-aarch64-linux-gnu"}
+
+# `-s` and no build id: names of temporary object files stay out, so that equal models have equal bytes
+LINK = ("-shared", "-fPIC", "-s", "-Wl,--build-id=none")
+
 _importing = threading.RLock()
 
 
 class Tvm:
-    """See `pipeline.types.Backend`. Its engine is ``model.so``, which holds code and weights (see `tvm_link`)."""
+    """See `pipeline.types.Backend`. Its engine is ``model.so``, which holds code and weights."""
 
     name = "tvm"
-    option_names = frozenset({"import", "threads", "weights", "device.rpc"})
+    option_names = frozenset({"import", "threads"})
     schemes: frozenset[Scheme] = frozenset({"fp32"})
 
     def source(self, target: Target) -> Literal["onnx", "program"]:
@@ -67,11 +75,16 @@ class Tvm:
         """The package, a linker for the row's machine, or for ``arch = "native"`` the row's own hardware."""
         if not host.has_module("tvm"):
             return "the package `apache-tvm` is not installed"
+        if target.platform != "linux" or target.machine not in TRIPLES:
+            return f"it makes libraries for linux on x86_64 and aarch64, not for {target.platform} on {target.machine}"
         if target.arch == "native":
             reason = targets.unfit(target)
             if reason is not None:
                 return f'{reason} (arch = "native" is for the CPU that builds it)'
-        return tvm_link.missing(target)
+        if _linker(target.machine) is None:
+            package = "g++" if target.machine == host.machine() else PACKAGES[target.machine]
+            return f"there is no C++ compiler that links for {target.machine} (Debian package `{package}`)"
+        return None
 
     def not_runnable(self, target: Target) -> str | None:
         """The package, or the row's own hardware."""
@@ -82,9 +95,9 @@ class Tvm:
     def tools(self, target: Target) -> Mapping[str, str]:
         """Versions of TVM and of the linker; for ``arch = "native"`` the LLVM name of this CPU."""
         found = host.versions(["apache-tvm"])
-        linker = tvm_link.linker(target)
+        linker = _linker(target.machine)
         if linker is not None:
-            found["linker"] = linker.version
+            found["linker"] = _version_of(linker)
         if target.arch == "native":
             found["cpu"] = native_cpu()
         return found
@@ -98,24 +111,21 @@ class Tvm:
             BuildError: an operator can't be imported or compiled.
         """
         _check(target)
-        reason = self.missing(target)
-        if reason is not None:
-            raise UnavailableError(f"`{target.name}`: {reason}")
+        linker = _linker(target.machine)
+        if linker is None:
+            raise UnavailableError(f"`{target.name}`: {self.missing(target)}")
         cpu = native_cpu() if target.arch == "native" else target.arch
-        where = tvm_link.compiles_for(target, cpu)
+        where = _tvm_target(target, cpu)
         module = _imported(model, target)
         try:
-            module = _scheduled(module, where, registers_of(cpu))
-            module, weights = _divided(module, target)
-            executable = _compiled(module, where)
+            executable = _compiled(module, where, registers_of(cpu))
         except Exception as error:  # TVM's passes raise everything from TypeError to their own
             raise BuildError(
                 f"tvm can't compile the model for `{target.name}`: {_plain(error)}",
                 hint='the other way in (option `import = "program"` or `"onnx"`) may do better',
             ) from error
-        if weights:
-            tvm_weights.write(weights, out)
-        return {"cpu": cpu, **tvm_link.write(executable, target, out)}
+        _link(executable, linker, out / FILE)
+        return {"cpu": cpu}
 
     @contextlib.contextmanager
     def load(self, engine: Stored, target: Target, threads: int | None = None) -> Iterator[Runner]:
@@ -130,10 +140,10 @@ class Tvm:
         import tvm
         from tvm import relax
 
-        path, signature = engine.file(tvm_link.LIBRARY), engine.signature()
+        path, signature = engine.file(FILE), engine.signature()
         try:
             machine: Any = relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())
-            main, weights = machine["main"], tvm_weights.read(engine.path)
+            main = machine["main"]
         except Exception as error:  # the loader's own, an AttributeError for a library that isn't TVM's ...
             raise BuildError(
                 f"tvm can't load the engine `{path}`: {_plain(error)}", hint="`exportyard export` builds it again"
@@ -143,7 +153,7 @@ class Tvm:
         tvm.get_global_func("runtime.config_threadpool")(any_core, threads or own or host.cpu_count())
 
         def run(feeds: Tensors) -> dict[str, NDArray[Any]]:
-            found = main(*(tvm.runtime.tensor(feeds[spec.name]) for spec in signature.inputs), *weights)
+            found = main(*(tvm.runtime.tensor(feeds[spec.name]) for spec in signature.inputs))
             arrays = [found] if isinstance(found, tvm.runtime.Tensor) else list(found)
             return {spec.name: array.numpy() for spec, array in zip(signature.outputs, arrays, strict=True)}
 
@@ -154,9 +164,6 @@ def _check(target: Target) -> None:
     source, threads = target.options.get("import", "onnx"), target.options.get("threads", 0)
     if source not in SOURCES:
         raise unknown("value of `import`", str(source), SOURCES, where=f"target `{target.name}`")
-    place = target.options.get("weights", "auto")
-    if place not in PLACES:
-        raise unknown("value of `weights`", str(place), PLACES, where=f"target `{target.name}`")
     if not isinstance(threads, int) or threads < 0:
         raise UsageError(f"target `{target.name}`: threads = {threads!r}", hint="expected a whole number; 0 is all")
 
@@ -181,6 +188,33 @@ def registers_of(cpu: str) -> Registers:
     if cpu.startswith("x86-64"):
         return Registers(lanes=4, accumulators=12)
     return Registers(lanes=4, accumulators=24, columns=4)
+
+
+def _tvm_target(target: Target, cpu: str) -> Any:
+    import tvm
+
+    triple = TRIPLES[target.machine]
+    known = [str(name) for name in tvm.get_global_func("target.llvm_get_cpu_archlist")(tvm.target.Target("llvm"))]
+    if target.machine == host.machine() and cpu not in known:
+        raise unknown("LLVM processor", cpu, known, where=f"`arch` of target `{target.name}`")
+    return tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": cpu})
+
+
+@functools.cache
+def _linker(machine: str) -> str | None:
+    """A C++ compiler that links for `machine`."""
+    if machine == host.machine():
+        names: Sequence[str] = ("g++", "c++", "clang++", "gcc", "cc")
+    else:
+        names = (f"{TRIPLES.get(machine, machine)}-g++", f"{TRIPLES.get(machine, machine)}-gcc")
+    return next((name for name in names if shutil.which(name)), None)
+
+
+@functools.cache
+def _version_of(linker: str) -> str:
+    """``g++ 12``: its start and end files become part of the library."""
+    done = subprocess.run([linker, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, check=False)
+    return f"{linker} {done.stdout.strip()}"
 
 
 # --- from the model to a library -----------------------------------------------------------------------------------
@@ -283,11 +317,11 @@ def _channels_last(module: Any) -> bool:
     return "relax.nn.conv2d" in found and "relax.nn.conv2d_transpose" not in found
 
 
-def _scheduled(module: Any, where: Any, registers: Registers) -> Any:
+def _compiled(module: Any, where: Any, registers: Registers) -> Any:
     import tvm
     from tvm import relax
 
-    from pipeline.tvm_passes import clipped_lookups, counted_from_the_front
+    from pipeline.tvm_passes import clipped_lookups, counted_from_the_front, sorted_shape_functions
     from pipeline.tvm_schedules import scheduled
 
     transform = relax.transform
@@ -310,27 +344,23 @@ def _scheduled(module: Any, where: Any, registers: Registers) -> Any:
     ]
     with where, tvm.transform.PassContext(opt_level=3), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return tvm.transform.Sequential(passes)(counted_from_the_front(clipped_lookups(module)))
-
-
-def _divided(module: Any, target: Target) -> tuple[Any, dict[str, Any]]:
-    """The module, and the weights that go into a file of their own."""
-    place = target.options.get("weights", "auto")
-    if place == "inside" or (place == "auto" and tvm_weights.size_of(module) <= tvm_weights.LARGEST_INSIDE):
-        return module, {}
-    return tvm_weights.detached(module)
-
-
-def _compiled(module: Any, where: Any) -> Any:
-    import tvm
-    from tvm import relax
-
-    from pipeline.tvm_passes import sorted_shape_functions
-
-    with where, tvm.transform.PassContext(opt_level=3), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        module = tvm.transform.Sequential(passes)(counted_from_the_front(clipped_lookups(module)))
         lowering = tvm.transform.Sequential([relax.get_default_pipeline(where), sorted_shape_functions()])
         return tvm.compile(module, target=where, relax_pipeline=lowering)
+
+
+def _link(executable: Any, linker: str, path: Path) -> None:
+    def link(output: str, objects: Sequence[str], options: Sequence[str] | None = None) -> None:
+        done = subprocess.run(
+            [linker, *LINK, "-o", output, *objects, *(options or ())], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise BuildError(
+                f"`{linker}` can't link the engine: {(done.stderr.strip().splitlines() or ['no message'])[-1]}",
+                hint=f"see whether `{linker}` can link any program here",
+            )
+
+    executable.export_library(str(path), fcompile=link)
 
 
 def _plain(error: BaseException) -> str:
