@@ -67,6 +67,13 @@ def test_int8_that_is_slower_at_one_size_does_not_ship():
     )
 
 
+def test_on_one_thread_a_little_slower_at_one_size_is_slower():
+    rows = (row(int8_u8s8=4, fp32=1), row(int8_u8s8=0.98, fp32=1))
+    found = LatencyReport(recipe="m", target="t", cpu="c", rows=rows)
+    scheme, reason = choose(TARGET, all_of("int8-u8s8", "fp32"), found, {})
+    assert (scheme, "is slower than fp32 at 1 thread (0.98x)" in reason) == ("fp32", True)
+
+
 def test_a_row_that_noise_has_spread_decides_nothing():
     noisy = row(threads=2, int8_u8s8=0.9, fp32=1).model_copy(
         update={"versus_fp32": {"int8-u8s8": ratio(0.9, spread=0.5)}}
