@@ -13,13 +13,9 @@ from pathlib import Path
 import onnx
 
 
-def make_canonical(path: Path, source: Path) -> None:
-    """Rewrite the ONNX file `path`, which was optimised from `source`, so that equal graphs have equal bytes.
-
-    Weights that lie in a file beside `path` stay where they are.
-    """
+def make_canonical(model: onnx.ModelProto, source: Path) -> None:
+    """Rename in `model`, which was optimised from the file `source`, so that equal graphs have equal bytes."""
     known = set(_names(onnx.load(source, load_external_data=False).graph))
-    model = onnx.load(path, load_external_data=False)
     fresh: dict[str, str] = {"": ""}
     for index, node in enumerate(model.graph.node):
         if node.name not in known:
@@ -32,7 +28,6 @@ def make_canonical(path: Path, source: Path) -> None:
         value.name = fresh.get(value.name, value.name)
     model.graph.initializer.sort(key=lambda tensor: tensor.name)  # in place: a copy would be one of every weight
     model.graph.value_info.sort(key=lambda value: value.name)
-    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _names(graph: onnx.GraphProto) -> Iterator[str]:

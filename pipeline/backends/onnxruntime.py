@@ -10,7 +10,7 @@ Options of a row:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import JsonValue
@@ -33,8 +33,7 @@ FORMATS = {"onnx": "model.onnx", "ort": "model.ort"}
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 ERRORS_ONLY = 3
 
-# It quantises the float weights of a convolution between integer operators, and so undoes the choice of a scheme that
-# left it in float because it is sensitive (ONNX Runtime 1.21 and later).
+# While an engine is built: see `pipeline.ort_floats`, which sees to it that a device can leave it on.
 OVERZEALOUS = ["WeightBiasQuantization"]
 
 # Above this, weights go into a file beside the graph: a protobuf message ends at 2 GiB.
@@ -87,7 +86,7 @@ class OnnxRuntime:
         """
         import onnxruntime
 
-        from pipeline import ort_format, ort_names
+        from pipeline import ort_format
         from pipeline.origin import of_error
 
         level, file = _choice(target, "optimization", "extended", LEVELS), _choice(target, "format", "onnx", FORMATS)
@@ -103,13 +102,13 @@ class OnnxRuntime:
             _keep_weights_beside(options, model, file)
         source = model.file("model.onnx")
         try:
-            _session(source, options)
+            _session(source, options, without=OVERZEALOUS)
         except Exception as error:  # its own exceptions share no class but Exception
             raise BuildError(
                 f"onnxruntime can't build `{target.name}`: {_plain(error)}{of_error(source, str(error))}",
                 hint="change that part of the model, or leave out the target in the recipe's `targets`",
             ) from error
-        ort_names.make_canonical(out / "model.onnx", source)
+        _finish(out / "model.onnx", source)
         if file == "model.ort":
             _convert(out / "model.onnx", out / file, options)
             ort_format.make_canonical(out / file)
@@ -165,7 +164,7 @@ def _options(target: Target, threads: int | None = None) -> Any:
     return options
 
 
-def _session(path: Path, options: Any) -> Any:
+def _session(path: Path, options: Any, without: Sequence[str] = ()) -> Any:
     import onnxruntime
 
     # `disable_fallback`: a failed session isn't tried again by other means, which would only blur the error
@@ -174,8 +173,20 @@ def _session(path: Path, options: Any) -> Any:
         sess_options=options,
         providers=["CPUExecutionProvider"],
         disable_fallback=True,
-        disabled_optimizers=OVERZEALOUS,
+        disabled_optimizers=list(without),
     )
+
+
+def _finish(optimised: Path, source: Path) -> None:
+    """Rewrite the file that ONNX Runtime has made of `source`: floats stay floats, equal graphs get equal bytes."""
+    import onnx
+
+    from pipeline import ort_floats, ort_names
+
+    model = onnx.load(optimised, load_external_data=False)  # weights beside it stay where they are
+    ort_floats.keep(model)
+    ort_names.make_canonical(model, source)
+    optimised.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _convert(optimised: Path, path: Path, options: Any) -> None:

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from pipeline import audit as audits
-from pipeline import choice
+from pipeline import choice, samples
 from pipeline.macs import UnclearError
 from pipeline.stages.audit import audit
 from pipeline.stages.build import build
@@ -102,6 +104,21 @@ def test_an_operator_left_in_float_takes_its_compute_from_the_share(case, tmp_pa
     floats = [one for one in found.rows if one.runs_in == "fp32"]
     assert [(one.module, one.macs) for one in floats] == [(f"body.{name}", MACS[name])]
     assert not floats[0].fell_back  # it was asked to
+
+
+def test_a_device_leaves_in_float_what_the_scheme_did(case, tmp_path):
+    # by its default settings ONNX Runtime quantises such an operator's weights when it loads the engine
+    source = signed(case, tmp_path, case.quantize("int8-u8s8", "kept", exclude=("block_1",)))
+    target = row(optimization="extended")
+    engine = make(tmp_path / "engine", Key("engine"), lambda out: build(source, target, "int8-u8s8", out)).stored
+    feeds = samples.feeds(case.recipe, {"batch": 3}, 5)
+
+    def answer(path, **settings):
+        return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"], **settings).run(None, feeds)[0]
+
+    asked = answer(source.file("model.onnx"), disabled_optimizers=["WeightBiasQuantization"])
+    assert np.abs(answer(engine.file("model.onnx")) - asked).max() < 1e-6
+    assert np.abs(answer(source.file("model.onnx")) - asked).max() > 1e-4, "there is nothing to be kept from here"
 
 
 def test_an_operator_that_the_runtime_left_unfused_fell_back(case, tmp_path):
