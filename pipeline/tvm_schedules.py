@@ -22,7 +22,10 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir import meta_schedule
 
+from pipeline.tvm_dots import DEPTH, ROWS, Dot, intrinsic
+
 SCHEDULED = "tirx.is_scheduled"
+RULE = "exportyard.rule"  # attribute of a loop nest: the rule that scheduled it
 LARGEST_VECTORISED = 64  # a loop of constant length up to this becomes vector code as a whole
 LONG = 4096  # a single loop of this length is worth several cores
 
@@ -35,11 +38,13 @@ class Registers:
         lanes: float32 values in one.
         accumulators: how many may hold results, while others hold operands.
         columns: vectors side by side in one tile.
+        dot: its dot-product instruction for 8-bit integers, if it has one.
     """
 
     lanes: int
     accumulators: int
     columns: int = 2
+    dot: Dot | None = None
 
 
 class _DoesNotFit(Exception):  # noqa: N818  not an error: the next rule is tried
@@ -61,12 +66,12 @@ def scheduled(registers: Registers) -> Any:
 
 
 def _schedule(function: tirx.PrimFunc, registers: Registers) -> tirx.PrimFunc | None:
-    for rule in (_contraction, _plain):
+    for rule in (_integer_contraction, _contraction, _plain):
         schedule = s_tir.Schedule(tvm.IRModule({"main": function}))
         # a rule may find halfway that a primitive refuses this nest; its half-made schedule is thrown away
         with contextlib.suppress(_DoesNotFit, s_tir.ScheduleError, tvm.error.InternalError):
             rule(schedule, registers)
-            return schedule.mod["main"].with_attr(SCHEDULED, True)
+            return schedule.mod["main"].with_attr({SCHEDULED: True, RULE: rule.__name__.lstrip("_")})
     return None
 
 
@@ -245,13 +250,73 @@ def _tile(schedule: Any, block: Any, row: int | None, height: int, width: int, r
     for loop in rows:
         schedule.unroll(loop)
     _vectorise(schedule, schedule.get_loops(finish)[-1], registers)
+    _spread(schedule, makers, registers)
+    schedule.parallel(schedule.fuse(*tiles_in_order) if len(tiles_in_order) > 1 else tiles_in_order[0])
+    schedule.decompose_reduction(block, summed[0])
+
+
+# --- contractions of 8-bit integers --------------------------------------------------------------------------------
+
+INTEGER_ACCUMULATORS = {16: 24, 8: 10, 4: 24}  # by lanes: registers for sums, beside those for weights and a broadcast
+
+
+def _integer_contraction(schedule: Any, registers: Registers) -> None:
+    """As `tvm_integer` writes them: weights packed, sums of four products in one instruction."""
+    dot = registers.dot
+    if dot is None or not any(schedule.get(block).name_hint == "dot" for block in _blocks(schedule)):
+        raise _DoesNotFit
+    _inline(schedule, frozenset({"padded"}))
+    block = schedule.get_sblock("dot")
+    spatial, summed = _split_axes(schedule, block)
+    row = _row_axis(schedule, spatial)
+    height, width = _integer_tile(schedule, spatial, row, dot)
+    makers, after = schedule.get_producers(block), schedule.get_consumers(block)
+    finish = after[0] if after else schedule.cache_write(block, 0, "global")
+
+    columns, vectors, column = schedule.split(spatial[-1], [None, width, dot.lanes])
+    outer, rows = [loop for place, loop in enumerate(spatial[:-1]) if place != row], []
+    if row is not None:
+        tiles, one = schedule.split(spatial[row], [None, height])
+        outer.append(tiles)
+        rows.append(one)
+    groups, four = schedule.split(summed[-1], [None, DEPTH])
+    tiles_in_order = [columns, *outer]
+    schedule.reorder(*tiles_in_order, *summed[:-1], groups, *rows, vectors, column, four)
+    schedule.reverse_compute_at(finish, tiles_in_order[-1], preserve_unit_loops=True)
+    _vectorise(schedule, schedule.get_loops(finish)[-1], registers)
+    _spread(schedule, makers, registers)
+    schedule.parallel(schedule.fuse(*tiles_in_order) if len(tiles_in_order) > 1 else tiles_in_order[0])
+    # last: afterwards the block no longer counts as a reduction, and nothing more can be done around it
+    begin = schedule.decompose_reduction(block, summed[0] if len(summed) > 1 else groups)
+    schedule.tensorize(column, intrinsic(dot))
+    start = schedule.get_loops(begin)
+    schedule.vectorize(start[-1])
+    for loop in (*rows, vectors, *start[1:-1]):
+        schedule.unroll(loop)
+
+
+def _integer_tile(schedule: Any, spatial: list[Any], row: int | None, dot: Dot) -> tuple[int, int]:
+    """Rows, and vectors of columns: those that multiply most for each value that is loaded."""
+    wide = (_extent(schedule, spatial[-1]) or dot.lanes) // dot.lanes
+    # a dynamic number of rows has been rounded up to whole tiles, and is a multiple of this
+    tall = 1 if row is None else (_extent(schedule, spatial[row]) or ROWS)
+    room = INTEGER_ACCUMULATORS[dot.lanes]
+    found = [
+        (height, width)
+        for height in range(1, 17)
+        for width in range(1, 7)
+        if tall % height == 0 and wide % width == 0 and height * width <= room
+    ]
+    return max(found, key=lambda tile: (tile[0] * tile[1] / (tile[0] + tile[1]), tile))
+
+
+def _spread(schedule: Any, makers: list[Any], registers: Registers) -> None:
+    """What is made before a contraction runs in parallel and in vectors."""
     for maker in makers:
         loops = schedule.get_loops(maker)
         if len(loops) >= 3:
             schedule.parallel(schedule.fuse(*loops[:-1]))
             _vectorise(schedule, loops[-1], registers)
-    schedule.parallel(schedule.fuse(*tiles_in_order) if len(tiles_in_order) > 1 else tiles_in_order[0])
-    schedule.decompose_reduction(block, summed[0])
 
 
 # --- everything else -----------------------------------------------------------------------------------------------

@@ -1,0 +1,148 @@
+"""Quantised graphs through TVM: dot products of 8-bit integers where the CPU has them, and the same numbers."""
+
+import io
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+tvm = pytest.importorskip("tvm")
+
+from tvm import relax  # noqa: E402
+from tvm.relax.frontend.onnx import from_onnx  # noqa: E402
+
+from pipeline import host, tvm_compile, tvm_import  # noqa: E402
+from pipeline.backends.tvm import registers_of  # noqa: E402
+
+VNNI = "icelake-server"
+needs_vnni = pytest.mark.skipif("avx512_vnni" not in host.cpu_features(), reason="this CPU has no VNNI")
+
+
+class Writer:
+    """A graph in the making; every method returns the name of what it adds."""
+
+    def __init__(self, activations=np.uint8):
+        self.nodes, self.constants, self.activations = [], [], activations
+        self.rng = np.random.default_rng(0)
+
+    def constant(self, value):
+        name = f"c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def node(self, operator, *inputs, **attributes):
+        name = f"n{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def rounded(self, name, scale, zero):
+        numbers = self.constant(np.float32(scale)), self.constant(self.activations(zero))
+        return self.node("DequantizeLinear", self.node("QuantizeLinear", name, *numbers), *numbers)
+
+    def weight(self, *shape, axis=0):
+        value = self.rng.integers(-127, 127, shape, dtype=np.int8)
+        scale = (self.rng.random(shape[axis]) * 0.004).astype(np.float32)
+        zero = np.zeros(shape[axis], np.int8)
+        return self.node("DequantizeLinear", *map(self.constant, (value, scale, zero)), axis=axis)
+
+    def bias(self, size):
+        return self.constant(self.rng.random(size).astype(np.float32))
+
+    def model(self, shape, result):
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+        y = helper.make_tensor_value_info(result, TensorProto.FLOAT, None)
+        graph = helper.make_graph(self.nodes, "g", [x], [y], self.constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+        return onnx.shape_inference.infer_shapes(model)
+
+
+def product(depth, columns, activations=np.uint8, shape=("batch", "seq")):
+    one = Writer(activations)
+    left = one.rounded("x", 0.02, 120 if activations is np.uint8 else 0)
+    found = one.node("MatMul", left, one.weight(depth, columns, axis=1))
+    return one.model([*shape, depth], one.node("Gelu", one.node("Add", found, one.bias(columns))))
+
+
+def pictures(channels, batch="batch"):
+    """Convolutions with a border, with one pixel, with channels that fill no vector; a clip, a residual, pools."""
+    one = Writer()
+    x = one.rounded("x", 0.02, 120)
+    first = one.node("Conv", x, one.weight(40, channels, 3, 3), one.bias(40), pads=[1] * 4)
+    bounds = one.constant(np.float32(0)), one.constant(np.float32(6))
+    inner = one.rounded(one.node("Clip", first, *bounds), 0.01, 0)
+    inner = one.rounded(one.node("Conv", inner, one.weight(24, 40, 1, 1)), 0.01, 130)
+    last = one.node("Conv", inner, one.weight(24, 24, 3, 3), pads=[1, 1, 1, 1], strides=[1, 1])
+    total = one.rounded(one.node("Relu", one.node("Add", last, inner)), 0.01, 0)
+    pooled = one.node("MaxPool", total, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+    mean = one.node("ReduceMean", pooled, one.constant(np.array([2, 3])), keepdims=0)
+    return one.model([batch, channels, 14, 14], mean)
+
+
+def scheduled(model, cpu):
+    with tvm_import._import_of_a_model(io.StringIO()):
+        module = from_onnx(model, keep_params_in_input=False)
+    machine = "aarch64" if cpu.startswith(("neoverse", "cortex")) else "x86_64"
+    where = tvm.target.Target({"kind": "llvm", "mtriple": f"{machine}-linux-gnu", "mcpu": cpu})
+    return tvm_compile.scheduled(module, where, registers_of(cpu)), where
+
+
+def as_written(model, feed):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": feed})[0]
+
+
+def assert_same(model, shapes, integers):
+    module, where = scheduled(model, VNNI)
+    assert tvm_compile.integer_contractions_of(module) == integers
+    machine = relax.VirtualMachine(tvm_compile.compiled(module, where), tvm.cpu())
+    for shape in shapes:
+        feed = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
+        want, found = as_written(model, feed), machine["main"](tvm.runtime.tensor(feed)).numpy()
+        # a value on the edge between two steps may fall on either side, which the mean of few pixels shows
+        np.testing.assert_allclose(found, want, rtol=1e-4, atol=2e-3 * np.abs(want).max())
+
+
+@needs_vnni
+@pytest.mark.parametrize(("depth", "columns"), [(24, 48), (22, 10), (8, 100)])
+def test_products_over_dynamic_axes(depth, columns):
+    assert_same(product(depth, columns), [(1, 1, depth), (3, 5, depth), (2, 16, depth)], integers=1)
+
+
+@needs_vnni
+@pytest.mark.parametrize("batch", ["batch", 2], ids=["dynamic", "static"])
+def test_convolutions_and_what_follows_them(batch):
+    assert_same(pictures(3, batch), [(2, 3, 14, 14)], integers=3)
+
+
+@needs_vnni
+def test_what_follows_a_contraction_is_done_in_its_loop_nest():
+    module, _ = scheduled(pictures(8, 2), VNNI)
+
+    names = [variable.name_hint for variable in module.functions]
+    assert len([name for name in names if "dot" in name]) == 3
+    assert all("quantize" in name for name in names if "dot" in name)
+    assert all(buffer not in str(module["main"]) for buffer in ("conv2d", 'dtype="int32")'))
+
+
+@pytest.mark.parametrize(
+    ("cpu", "activations", "instruction"),
+    [("cascadelake", np.uint8, "vpdpbusd"), ("neoverse-n1", np.int8, "sdot")],
+)
+def test_instructions_of_each_processor(cpu, activations, instruction):
+    module, where = scheduled(product(24, 48, activations), cpu)
+    assert tvm_compile.integer_contractions_of(module) == 1
+
+    (machine_code,) = tvm_compile.compiled(module, where).mod.imports
+
+    assert machine_code.inspect_source("s").count(f"\t{instruction}\t") > 10
+
+
+@pytest.mark.parametrize(("cpu", "activations"), [(VNNI, np.int8), ("neoverse-n1", np.uint8), ("x86-64-v3", np.uint8)])
+def test_no_instruction_for_the_form(cpu, activations):
+    module, _ = scheduled(product(24, 48, activations), cpu)
+
+    assert tvm_compile.integer_contractions_of(module) == 0
