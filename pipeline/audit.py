@@ -14,7 +14,7 @@ from typing import Literal
 import onnx
 
 from pipeline import lineage, macs
-from pipeline.graph import Graph, reads
+from pipeline.graph import Graph, attribute, reads
 from pipeline.macs import UnclearError
 from pipeline.origin import module_of
 from pipeline.types import AuditRow, Signature
@@ -58,6 +58,56 @@ def audit(engine: Path, source: Path, signature: Signature) -> list[AuditRow]:
         )
         for runs, node in lineage.pairs(made, asked, nodes, runs_in)
     ]
+
+
+def audit_by_count(integers: int, source: Path, signature: Signature) -> list[AuditRow]:
+    """As `audit`, for an engine that says only how many of its contractions multiply 8-bit integers.
+
+    Those can only be contractions that the graph asks for in integers, and that have a form which such an engine
+    takes; where their number is another one, nobody can tell which they are.
+
+    Args:
+        integers: how many there are.
+        source: as for `audit`.
+        signature: as for `audit`.
+
+    Raises:
+        UnclearError: the numbers differ, or an operator can't be counted.
+    """
+    asked = Graph(onnx.load(source, load_external_data=False))
+    _no_bodies(asked)
+    nodes = _live(asked)
+    shapes = macs.shapes(asked, nodes, source, signature)
+    able = {node.name for node in nodes if _wanted(node, asked) and _dense(node, asked)}
+    if len(able) != integers:
+        raise UnclearError(f"the engine has {integers} contractions in INT8, the graph {len(able)} that can be")
+    rows = []
+    for node in nodes:
+        runs_in: Number = "int8" if node.name in able else "fp32"
+        fell_back = _wanted(node, asked) and runs_in != "int8"
+        count = macs.count(node, shapes)
+        rows.append(
+            AuditRow(
+                node=node.name,
+                module=module_of(node),
+                operator=node.op_type,
+                runs_in=runs_in,
+                macs=count,
+                fell_back=fell_back,
+            )
+        )
+    return rows
+
+
+def _dense(node: onnx.NodeProto, graph: Graph) -> bool:
+    """A matrix product, or a convolution over pictures in one group."""
+    maker = graph.makers.get(node.input[1])
+    weight = graph.constant(maker.input[0]) if maker is not None else None
+    if weight is None:
+        return False
+    if node.op_type == "Conv":
+        return len(weight.dims) == 4 and attribute(node, "group", 1) == 1
+    return len(weight.dims) == 2
 
 
 def int8_share(rows: Sequence[AuditRow]) -> float | None:

@@ -9,16 +9,18 @@ from pydantic import JsonValue
 from pipeline import audit as audits
 from pipeline.macs import UnclearError
 from pipeline.store import Stored, write_json
-from pipeline.types import Audit, Scheme, Target
+from pipeline.types import Audit, AuditRow, Scheme, Target
 
 ENGINE = "model.onnx"
+COUNT = "int8"  # the fact of an engine that says how many of its contractions run in INT8
 
 
 def audit(engine: Stored, model: Stored, target: Target, scheme: Scheme, out: Path) -> dict[str, JsonValue]:
     """Write ``audit.json``: each operator that multiplies, and what it runs in; or why that can't be told.
 
     Args:
-        engine: of any backend; those of ONNX Runtime that are an ONNX graph can be looked into.
+        engine: of any backend; those of ONNX Runtime that are an ONNX graph can be looked into, and those of TVM
+            say how many of their contractions run in INT8.
         model: the ONNX graph that it was built from.
         target: gives the backend.
         scheme: of both.
@@ -35,7 +37,7 @@ def _audit(engine: Stored, model: Stored, target: Target, scheme: Scheme) -> Aud
     if reason is None:
         try:
             signature = model.signature()
-            rows = audits.audit(engine.file(ENGINE), model.file("model.onnx"), signature)
+            rows = _rows(engine, model, target)
             return Audit(
                 target=target.name,
                 scheme=scheme,
@@ -49,8 +51,19 @@ def _audit(engine: Stored, model: Stored, target: Target, scheme: Scheme) -> Aud
     return Audit(target=target.name, scheme=scheme, not_audited=reason)
 
 
+def _rows(engine: Stored, model: Stored, target: Target) -> list[AuditRow]:
+    source, signature = model.file("model.onnx"), model.signature()
+    if target.backend == "onnxruntime":
+        return audits.audit(engine.file(ENGINE), source, signature)
+    integers = engine.artifact.facts[COUNT]
+    assert isinstance(integers, int)
+    return audits.audit_by_count(integers, source, signature)
+
+
 def _closed(engine: Stored, target: Target) -> str | None:
     """Why nobody can look into the engine, or None."""
+    if COUNT in engine.artifact.facts:
+        return None
     if target.backend != "onnxruntime":
         return f"engines of backend `{target.backend}` don't say what they run in"
     if ENGINE not in engine.artifact.files:
