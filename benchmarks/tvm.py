@@ -1,0 +1,246 @@
+"""TVM's engines beside ONNX Runtime's FP32 one: latency with dynamic and with fixed sizes, in INT8, cost to build.
+
+    python benchmarks/tvm.py [--only NAME ...] [--seconds 3] [--workspace DIR] [--out docs/tvm.md]
+
+resnet50, minilm and digits are this workspace's recipes, mobilenetv2 is a network of transformers with seeded
+weights. All run at the opt size of each axis, turn by turn. Engines with fixed sizes are built from the same graphs,
+whose axes are given those sizes. An engine that is slower than it must be is named at the end, and the status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.pop(0)  # run as a script, this folder is first on it, where the library `tvm` would be this file
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import onnx
+
+from benchmarks import architectures
+from benchmarks import side_by_side as sides
+from pipeline import backends, run, samples, store
+from pipeline.errors import NotApplicable
+from pipeline.job import Job
+from pipeline.stages.benchmark import timed_threads
+from pipeline.stages.build import build
+from pipeline.store import Key, Stored
+from pipeline.types import Runner, Scheme, Target
+from pipeline.workspace import Workspace
+
+TARGET = "linux-x86_64-tvm"
+BASE = "ONNX Runtime fp32"
+MOBILE = architectures._vision(
+    "mobilenetv2", "MobileNetV2", {"depth_multiplier": 1.0, "image_size": 224}, "reduce_1x1.normalization"
+)
+NAMES = ("resnet50", "minilm", "mobilenetv2", "digits")
+FORMS: Mapping[str, tuple[Scheme, bool]] = {
+    "fp32 fixed": ("fp32", True),
+    "fp32 dynamic": ("fp32", False),
+    "int8 fixed": ("int8-u8s8", True),
+    "int8 dynamic": ("int8-u8s8", False),
+}
+MOST = {"fp32 fixed": 1.15, "fp32 dynamic": 1.5}  # of ONNX Runtime's time
+FASTER = 2.0  # INT8 over TVM's own fp32, with the same sizes
+TOO_SMALL = ("digits",)  # a call costs more than the work: reported, not judged
+
+
+@dataclass(frozen=True)
+class Built:
+    """One engine and what it cost to make, in a process of its own."""
+
+    engine: Stored
+    seconds: float
+    peak_mb: float
+
+
+@dataclass
+class Found:
+    """What was measured of one model; `ms` by form, then by threads."""
+
+    name: str
+    sizes: str
+    built: dict[str, Built] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    ms: dict[str, dict[int, float]] = field(default_factory=dict)
+    ratio: dict[str, dict[int, float]] = field(default_factory=dict)
+
+
+def job_of(name: str, root: Path) -> Job:
+    """The recipe `name`; its artifacts go below `root`."""
+    if name != MOBILE.name:
+        for part in ("recipes", "targets"):
+            shutil.copytree(sides.ROOT / part, root / part, dirs_exist_ok=True)
+        return run.prepare(Workspace(root), name, targets=[TARGET, sides.TARGET])
+    architectures.SIDE = 224
+    architectures.WORDS["vision"]["inputs"] = architectures.INPUT.format(
+        "images", "float32", '["batch", 3, 224, 224]', "[-2.5, 2.5]"
+    )
+    architectures.write_recipe(root, MOBILE)
+    return run.prepare(Workspace(root), name, targets=[TARGET, sides.TARGET])
+
+
+def graph(job: Job, scheme: Scheme, fixed: bool, folder: Path) -> Stored:
+    """The graph in the form `scheme`; with `fixed`, each axis has its opt size."""
+    for _, make in job.graph_steps(scheme):
+        make()
+    reason = job.left_out(scheme)
+    if reason is not None:
+        raise NotApplicable(reason)
+    found = job.onnx(scheme).stored
+    return found if not fixed else store.make(folder, Key("onnx"), partial(_fix, job, found)).stored
+
+
+def _fix(job: Job, source: Stored, out: Path) -> dict[str, Any]:
+    model = onnx.load(source.file("model.onnx"))
+    opt = {name: axis.opt for name, axis in job.recipe.axes.items()}
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in opt:
+                dim.dim_value = opt[dim.dim_param]
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    del model.graph.value_info[:]
+    onnx.save(onnx.shape_inference.infer_shapes(model), out / "model.onnx")
+    (out / "signature.json").write_bytes(source.file("signature.json").read_bytes())
+    return {}
+
+
+def make(model: Stored, target: Target, scheme: Scheme, folder: Path) -> Built:
+    """Build in a process of its own, which can say how much memory that took."""
+    command = [sys.executable, __file__, "--build", str(model.path), target.model_dump_json(), scheme, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    told = json.loads(done.stdout.splitlines()[-1])
+    return Built(store.load(folder), told["seconds"], told["peak_mb"])
+
+
+def build_here(model: str, target: str, scheme: str, folder: str) -> None:
+    """What `make` starts."""
+    row = Target.model_validate_json(target)
+    begun = time.perf_counter()
+    store.make(Path(folder), Key("engine"), lambda out: build(store.load(Path(model)), row, scheme, out))  # type: ignore[arg-type]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": time.perf_counter() - begun, "peak_mb": peak}))
+
+
+def measured(name: str, root: Path, seconds: float) -> Found:
+    """Build every form of one model, then time them in turn with ONNX Runtime."""
+    with contextlib.closing(job_of(name, root)) as job:
+        opt = {axis: found.opt for axis, found in job.recipe.axes.items()}
+        found = Found(name, ", ".join(f"{axis} {size}" for axis, size in opt.items()))
+        row, other = job.targets
+        for form, (scheme, fixed) in FORMS.items():
+            folder = root / "engines" / name / form.replace(" ", "-")
+            try:
+                model = graph(job, scheme, fixed, folder / "onnx")
+                found.built[form] = make(model, row, scheme, folder / "engine")
+            except (NotApplicable, RuntimeError) as error:
+                found.refused[form] = str(error)
+        engines = {form: (one.engine, row) for form, one in found.built.items()}
+        engines[BASE] = (job.engine(other, "fp32").stored, other)
+        feeds = samples.feeds(job.recipe, opt, seed=1)
+        for threads in timed_threads():
+            with _loaded(engines, threads) as runners:
+                calls = {form: partial(runner, feeds) for form, runner in runners.items()}
+                clock = time.process_time if threads == 1 else time.perf_counter
+                spent = sides.turns(calls, seconds * len(calls), clock)
+            for form, own in spent.items():
+                found.ms.setdefault(form, {})[threads] = statistics.median(own) * 1e3
+                ratios = [one / base for one, base in zip(own, spent[BASE], strict=True)]
+                found.ratio.setdefault(form, {})[threads] = statistics.median(ratios)
+    return found
+
+
+@contextlib.contextmanager
+def _loaded(engines: Mapping[str, tuple[Stored, Target]], threads: int) -> Iterator[dict[str, Runner]]:
+    with contextlib.ExitStack() as stack:
+        yield {
+            form: stack.enter_context(backends.find(target.backend).load(engine, target, threads))
+            for form, (engine, target) in engines.items()
+        }
+
+
+def missed(every: list[Found]) -> list[str]:
+    """What is slower than it must be."""
+    lacking = [f"{one.name}, {form}: {reason}" for one in every for form, reason in one.refused.items()]
+    for one in every:
+        if one.name in TOO_SMALL:
+            continue
+        for form, by_threads in one.ratio.items():
+            for threads, ratio in by_threads.items():
+                where = f"{one.name}, {form}, {threads} thread{'s' * (threads > 1)}"
+                if ratio > MOST.get(form, float("inf")):
+                    lacking.append(f"{where}: {ratio:.2f}x of ONNX Runtime's time, at most {MOST[form]}x is wanted")
+                same = form.replace("int8", "fp32")
+                if form.startswith("int8") and one.ms[same][threads] < FASTER * one.ms[form][threads]:
+                    speed = one.ms[same][threads] / one.ms[form][threads]
+                    lacking.append(f"{where}: {speed:.2f}x of fp32's speed, {FASTER}x is wanted")
+    return lacking
+
+
+def page(every: list[Found], command: str, load: Any) -> str:
+    """The tables and what they were measured on."""
+    threads = timed_threads()
+    head = ["model", "engine", *(f"{n} thread{'s' * (n > 1)}, ms (of ONNX Runtime)" for n in threads)]
+    head += ["build s", "peak MB", "engine MB"]
+    rows = []
+    for one in every:
+        for form in (BASE, *FORMS):
+            if form not in one.ms:
+                continue
+            cells = [f"{one.ms[form][n]:.3g} ({one.ratio[form][n]:.2f}x)" for n in threads]
+            made = one.built.get(form)
+            cost = (
+                ["", "", ""]
+                if made is None
+                else [f"{made.seconds:.0f}", f"{made.peak_mb:.0f}", f"{made.engine.size_bytes / 1e6:.1f}"]
+            )
+            rows.append([f"{one.name} ({one.sizes})", form, *cells, *cost])
+    return "\n\n".join([sides.table(head, rows), sides.conditions(command, load)])
+
+
+def main() -> int:
+    """Entry point; 1 when an engine is slower than it must be."""
+    if sys.argv[1:2] == ["--build"]:
+        build_here(*sys.argv[2:])
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timing, for each engine and number of threads")
+    parser.add_argument("--out", type=Path, help="page whose table to replace")
+    parser.add_argument("--workspace", type=Path, help="folder to work in and to keep; a temporary one if not given")
+    options = parser.parse_args()
+    load = sides.load_average()
+    with contextlib.ExitStack() as stack:
+        root = options.workspace or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        every = []
+        for name in options.only:
+            every.append(measured(name, root.resolve(), options.seconds))
+            print(f"{name}: {every[-1].ratio}", file=sys.stderr, flush=True)
+    words = ["python benchmarks/tvm.py", *(["--only", *options.only] if options.only != list(NAMES) else [])]
+    text = page(every, " ".join(words), load)
+    print(text)
+    if options.out is not None:
+        sides.write_between(options.out, "tvm", text)
+    lacking = missed(every)
+    print("\n".join(["", *lacking]) if lacking else "\nall are as fast as they must be")
+    return 1 if lacking else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
