@@ -183,7 +183,7 @@ class _ChannelsLast(PyExprMutator):  # type: ignore[misc]  # tvm ships no types
     def _reshape(self, call: Any) -> Any | None:
         """Pictures of one pixel have their channels in the same order either way."""
         before = self._before(call.args[0])
-        if [_whole(size) for size in before.ty.shape[1:3]] != [1, 1]:
+        if [_whole(size) for size in list(before.ty.shape)[1:3]] != [1, 1]:
             return None
         return relax.op.reshape(before, call.args[1])
 
