@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -23,6 +24,7 @@ from pipeline.store import Key, Made, Stored
 from pipeline.types import Audit, Chosen, LatencyReport, ParityReport, Reporter, Scheme, Target, no_report
 from pipeline.workspace import Workspace
 
+LONG_S = 4.0
 PER_TARGET = ("engine", "parity", "audit", "latency")
 Status = Literal["passed", "failed", "not built here", "not verified"]
 
@@ -145,7 +147,10 @@ def timed(step: str, make: Callable[[], Made], watch: Watcher) -> Made:
         watch(step, "failed", time.perf_counter() - begun)
         raise
     state = made.state if made.state != "rebuilt" else f"rebuilt ({made.reason})"
-    watch(step, state, time.perf_counter() - begun)
+    seconds = time.perf_counter() - begun
+    watch(step, state, seconds)
+    if seconds > LONG_S:
+        gc.collect()  # models and sessions in cycles, which Python alone would keep for the steps to come
     return made
 
 
