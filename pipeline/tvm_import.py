@@ -91,7 +91,12 @@ def _import_of_a_model(said: io.StringIO) -> Iterator[None]:
     from tvm import relax
     from tvm.relax.frontend.onnx import onnx_frontend
 
-    changed = ((relax.op, "strided_slice", _slices_inside()), (onnx_frontend.Clip, "_impl_v13", classmethod(_clip)))
+    changed = (
+        (relax.op, "strided_slice", _slices_inside()),
+        (onnx_frontend.Clip, "_impl_v13", classmethod(_clip)),
+        (onnx_frontend.Reshape, "_impl_v13", _reshape_of(onnx_frontend.Reshape._impl_v13)),
+        (onnx_frontend.Range, "_impl_v12", _range_of(onnx_frontend.Range._impl_v12)),
+    )
     with _importing, warnings.catch_warnings(), contextlib.redirect_stdout(said):
         warnings.simplefilter("ignore")
         originals = [(place, name, vars(place)[name]) for place, name, _ in changed]
@@ -129,6 +134,34 @@ def _clip(_converter: Any, builder: Any, inputs: Any, _attributes: Any, _params:
         if bound is not None:
             found = builder.emit(limit(found, bound))
     return found
+
+
+def _reshape_of(original: Callable[..., Any]) -> Any:
+    """A size that is made a list of one size: TVM's importer asks for its shape, which a size has not."""
+    from tvm import ir, relax
+
+    def reshape(_converter: Any, builder: Any, inputs: Any, attributes: Any, params: Any) -> Any:
+        if ir.is_prim_expr(inputs[0]):
+            return relax.ShapeExpr([inputs[0]])
+        return original(builder, inputs, attributes, params)
+
+    return classmethod(reshape)
+
+
+def _range_of(original: Callable[..., Any]) -> Any:
+    """Numbers up to a size are as many as that size says: TVM's importer makes up a new one, equal to no other."""
+    from tvm import ir, relax
+
+    def number(value: Any) -> Any:
+        return value.value.numpy().item() if isinstance(value, ir.GenericConst) else None
+
+    def arange(_converter: Any, builder: Any, inputs: Any, attributes: Any, params: Any) -> Any:
+        start, limit, step = inputs[0], inputs[1], inputs[2]
+        if number(start) == 0 and number(step) == 1 and ir.is_prim_expr(limit):
+            return relax.op.arange(0, limit, 1, "int64")
+        return original(builder, inputs, attributes, params)
+
+    return classmethod(arange)
 
 
 def _check_inputs(module: Any, signature: Signature, target: Target) -> None:
