@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, Protocol, cast, get_args
 
@@ -20,6 +18,7 @@ from pipeline import backends, choice, errors, store
 from pipeline import targets as rows_of
 from pipeline.errors import BuildError, ExportyardError, ParityError, ReleaseError, UnavailableError
 from pipeline.job import Job, Maker, Work, check_checkpoint_file
+from pipeline.processes import end_with_parent
 from pipeline.store import Key, Made, Stored
 from pipeline.types import Audit, Chosen, LatencyReport, ParityReport, Reporter, Scheme, Target, no_report
 from pipeline.workspace import Workspace
@@ -278,18 +277,6 @@ def _build_at_once(job: Job, buildable: Sequence[Target], jobs: int, watch: Watc
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def end_with_parent() -> None:
-    """In a worker process: end as soon as the parent does, which `kill -9` gives no chance to say goodbye."""
-    parent = parent_process()
-    if parent is not None:
-
-        def watch() -> None:
-            parent.join()
-            os._exit(1)  # the store takes what was half written for what a killed process left
-
-        threading.Thread(target=watch, daemon=True).start()
 
 
 def _worker(root: Path, recipe: str, checkpoint: Path | None, target: str) -> list[tuple[str, str, float]]:
