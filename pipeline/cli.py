@@ -346,6 +346,17 @@ def doctor(root: Folder = HERE, as_json: AsJson = False) -> None:
     console.table(["target", "state", "how to get it"], diagnosis.target_rows(rows))
 
 
+@app.command()
+def setup(
+    what: Annotated[Literal["emulator"], typer.Argument(help="What to get: `emulator` runs 64-bit Arm engines here.")],
+) -> None:
+    """Get a tool that pip can't install, into a folder of the user's cache; needs no root."""
+    from pipeline import emulator
+
+    assert what == "emulator"
+    print(emulator.fetch(lambda part: console.say(f"getting {part}")))
+
+
 def invoke(arguments: list[str]) -> int:
     """Run one command; every failure ends in one clear message on stderr and its exit code, which is returned.
 

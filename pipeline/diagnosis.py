@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from pipeline import backends, host
+from pipeline import backends, emulator, host
 from pipeline.types import Target
 
 TOOLS: tuple[tuple[str, str], ...] = (
@@ -18,6 +18,7 @@ TOOLS: tuple[tuple[str, str], ...] = (
     ("onnxscript", "the ONNX exporter"),
     ("onnxruntime", "backend onnxruntime; calibration"),
     ("apache-tvm", "backend tvm: `pip install 'exportyard[tvm]'`"),
+    ("ziglang", "linking tvm engines for other machines: `pip install ziglang`"),
     ("dvc", "releases"),
     ("gto", "release tags"),
     ("prefect", "flows: `pip install 'exportyard[flows]'`"),
@@ -52,7 +53,16 @@ def tool_rows() -> list[list[str]]:
     """Versions of what exportyard works with."""
     found = [[name, host.version(name) or "[yellow]missing[/]", escape(use)] for name, use in TOOLS]
     git = shutil.which("git")
-    return [*found, ["git", "found" if git else "[red]missing[/]", "releases; Debian package `git`"]]
+    arm = "missing" if emulator.absent() else "found"
+    return [
+        *found,
+        ["git", "found" if git else "[red]missing[/]", "releases; Debian package `git`"],
+        [
+            "emulator",
+            arm if arm == "found" else f"[yellow]{arm}[/]",
+            f"running tvm engines for Linux on aarch64: `{emulator.COMMAND}`",
+        ],
+    ]
 
 
 def target_rows(rows: Mapping[str, Target]) -> list[list[str]]:
@@ -72,6 +82,7 @@ def plain(rows: Mapping[str, Target]) -> dict[str, Any]:
         "host": {line[0]: line[1] for line in host_rows()},
         "features": sorted(host.cpu_features()),
         "tools": {name: host.version(name) for name, _ in TOOLS},
+        "emulator": emulator.absent() is None,
         "targets": {
             name: {
                 "missing": backends.find(target.backend).missing(target),

@@ -9,7 +9,6 @@ from onnx import TensorProto, helper
 from pipeline import backends, origin
 from pipeline.backends import echo, tvm
 from pipeline.errors import BuildError
-from pipeline.types import Target, Tolerance
 
 
 @pytest.fixture
@@ -75,28 +74,6 @@ def test_native_is_the_best_processor_whose_features_are_all_there(monkeypatch, 
     monkeypatch.setattr(tvm.host, "cpu_features", lambda: frozenset(features))
 
     assert tvm.native_cpu() == cpu
-
-
-def row(**changes):
-    table = {
-        "name": "t",
-        "backend": "tvm",
-        "platform": "linux",
-        "machine": tvm.host.machine(),
-        "arch": "native",
-        "schemes": ["fp32"],
-        "vs_onnx": {"fp32": Tolerance(max_abs=0)},
-    }
-    return Target.model_validate(table | changes)
-
-
-def test_tvm_says_which_package_has_the_linker(monkeypatch):
-    monkeypatch.setattr(tvm.host, "has_module", lambda name: True)
-    monkeypatch.setattr(tvm, "_linker", lambda machine: None)
-
-    assert "(Debian package `g++`)" in tvm.BACKEND.missing(row())
-    monkeypatch.setattr(tvm.host, "machine", lambda: "x86_64")
-    assert "`g++-aarch64-linux-gnu`" in tvm.BACKEND.missing(row(machine="aarch64", arch="cortex-a72"))
 
 
 def graph(tmp_path):

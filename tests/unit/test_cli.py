@@ -23,6 +23,7 @@ SURFACE = {
     "status": {"--checkpoint", "--target", "-t", "-C", "--json"},
     "make": {"-C"},
     "doctor": {"-C", "--json"},
+    "setup": set(),
 }
 HEAVY = ("torch", "prefect", "dvc", "numpy", "onnx", "onnxruntime", "tvm", "git")
 
