@@ -47,7 +47,9 @@ def missing(target: Target) -> str | None:
     if host.system() != "linux" or host.machine() == target.machine:
         return "an emulator is for engines of another machine"
     if (target.platform, target.machine) != ("linux", MACHINE):
-        return f"no TVM runtime is to be had that an emulator of {target.platform} on {target.machine} could run"
+        if tvm_link.packs_objects(target):
+            return "emscripten must link it into an application (docs/tvm.md)"
+        return "no wheel has TVM's runtime for it; with one built from source, it runs on a device (docs/tvm.md)"
     return absent()
 
 

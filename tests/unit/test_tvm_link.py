@@ -74,7 +74,8 @@ def test_without_an_emulator_doctor_knows_how_to_get_one(x86, monkeypatch, tmp_p
     assert tvm.BACKEND.not_runnable(row()) == (
         "it is for aarch64, this host is x86_64, and there is no emulator (`exportyard setup emulator` gets it)"
     )
-    assert "no TVM runtime is to be had" in tvm.BACKEND.not_runnable(row("riscv64", "generic-rv64"))
+    assert "no wheel has TVM's runtime for it" in tvm.BACKEND.not_runnable(row("riscv64", "generic-rv64"))
+    assert "emscripten must link it" in tvm.BACKEND.not_runnable(row("wasm32", "generic", "web"))
 
 
 def test_emulator_of_another_version_does_not_count(monkeypatch, tmp_path):
