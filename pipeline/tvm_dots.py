@@ -44,7 +44,7 @@ def intrinsic(dot: Dot) -> str:
     def meaning(a: T.handle, b: T.handle, c: T.handle) -> None:
         data = T.match_buffer(a, (DEPTH,), dtype=left, offset_factor=1)
         weight = T.match_buffer(b, (lanes, DEPTH), dtype="int8", offset_factor=1)
-        total = T.match_buffer(c, (lanes,), dtype="int32", offset_factor=1)
+        total = T.match_buffer(c, (lanes,), dtype="int32", offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(total[0:lanes], data[0:DEPTH], weight[0:lanes, 0:DEPTH])
             T.writes(total[0:lanes])
@@ -58,15 +58,15 @@ def intrinsic(dot: Dot) -> str:
     def call(a: T.handle, b: T.handle, c: T.handle) -> None:
         data = T.match_buffer(a, (DEPTH,), dtype=left, offset_factor=1)
         weight = T.match_buffer(b, (lanes, DEPTH), dtype="int8", offset_factor=1)
-        total = T.match_buffer(c, (lanes,), dtype="int32", offset_factor=1)
+        total = T.match_buffer(c, (lanes,), dtype="int32", offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(total[0:lanes], data[0:DEPTH], weight[0:lanes, 0:DEPTH])
             T.writes(total[0:lanes])
-            four = T.reinterpret(data.vload([0], group), dtype="int32")
+            # one expression: a name in between would be a buffer, and LLVM can't tell that it is apart from the sums
             total[T.ramp(T.int32(0), 1, lanes)] = T.call_llvm_pure_intrin(
                 T.llvm_lookup_intrinsic_id(llvm),
                 total.vload([0], dtype=sums),
-                T.reinterpret(T.broadcast(four, lanes), dtype=groups),
+                T.reinterpret(T.broadcast(T.reinterpret(data.vload([0], group), dtype="int32"), lanes), dtype=groups),
                 weight.vload([0, 0], dtype=weights),
                 dtype=sums,
             )

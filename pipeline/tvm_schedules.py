@@ -235,13 +235,13 @@ def _tile(schedule: Any, block: Any, row: int | None, height: int, width: int, r
         tiles, one = schedule.split(spatial[row], [None, height])
         outer.append(tiles)
         rows.append(one)
-    # columns outermost: a panel of weights is read once and stays in the cache while all rows pass by
-    tiles_in_order = [columns, *outer]
+    tiles_in_order = _in_order(schedule, columns, outer)
     schedule.reorder(*tiles_in_order, *summed, *rows, column)
 
     after = schedule.get_consumers(block)
     finish = after[0] if after else schedule.cache_write(block, 0, "global")
     schedule.reverse_compute_at(finish, tiles_in_order[-1], preserve_unit_loops=True)
+    schedule.set_scope(block, 0, "local")  # on the stack, where LLVM sees that nothing else overlaps it
 
     if width > registers.lanes and width % registers.lanes == 0:
         vectors, column = schedule.split(column, [None, registers.lanes])
@@ -255,9 +255,21 @@ def _tile(schedule: Any, block: Any, row: int | None, height: int, width: int, r
     schedule.decompose_reduction(block, summed[0])
 
 
+def _in_order(schedule: Any, columns: Any, outer: list[Any]) -> list[Any]:
+    """The loops over tiles, before they are fused into one that runs in parallel.
+
+    Columns come first: a panel of weights is read once and stays in the cache while all rows pass by. Only a dynamic
+    axis before the rows is further out: where an index of the fused loop is split again, its length is then no divisor.
+    """
+    dynamic = [loop for loop in outer[:-1] if _extent(schedule, loop) is None]
+    return [*dynamic, columns, *(loop for loop in outer if loop not in dynamic)]
+
+
 # --- contractions of 8-bit integers --------------------------------------------------------------------------------
 
-INTEGER_ACCUMULATORS = {16: 24, 8: 10, 4: 24}  # by lanes: registers for sums, beside those for weights and a broadcast
+# By lanes: registers for sums, beside those for weights and a broadcast; and less than 1024 bytes, since TVM puts no
+# more on the stack, and LLVM keeps in registers only what is there.
+INTEGER_ACCUMULATORS = {16: 15, 8: 10, 4: 24}
 
 
 def _integer_contraction(schedule: Any, registers: Registers) -> None:
@@ -280,9 +292,10 @@ def _integer_contraction(schedule: Any, registers: Registers) -> None:
         outer.append(tiles)
         rows.append(one)
     groups, four = schedule.split(summed[-1], [None, DEPTH])
-    tiles_in_order = [columns, *outer]
+    tiles_in_order = _in_order(schedule, columns, outer)
     schedule.reorder(*tiles_in_order, *summed[:-1], groups, *rows, vectors, column, four)
     schedule.reverse_compute_at(finish, tiles_in_order[-1], preserve_unit_loops=True)
+    schedule.set_scope(block, 0, "local")  # on the stack, where LLVM sees that nothing else overlaps it
     _vectorise(schedule, schedule.get_loops(finish)[-1], registers)
     _spread(schedule, makers, registers)
     schedule.parallel(schedule.fuse(*tiles_in_order) if len(tiles_in_order) > 1 else tiles_in_order[0])

@@ -132,6 +132,8 @@ class Tvm:
             return
         # before its thread pool starts: it would pin this process's main thread to one core, for good
         os.environ.setdefault("TVM_BIND_THREADS", "0")
+        # and would have half as many threads as there are cores, or as many as another library was told to have
+        os.environ.setdefault("TVM_NUM_THREADS", str(host.cpu_count()))
         import tvm
         from tvm import relax
 

@@ -13,8 +13,13 @@ tvm = pytest.importorskip("tvm")
 from tvm import relax  # noqa: E402
 from tvm.relax.frontend.onnx import from_onnx  # noqa: E402
 
-from pipeline import host, tvm_compile, tvm_import  # noqa: E402
+from pipeline import host, store, tvm_compile, tvm_import  # noqa: E402
+from pipeline.backends import find  # noqa: E402
 from pipeline.backends.tvm import registers_of  # noqa: E402
+from pipeline.errors import BuildError  # noqa: E402
+from pipeline.stages.audit import audit  # noqa: E402
+from pipeline.stages.build import build  # noqa: E402
+from pipeline.types import Audit, Axis, Signature, Target, TensorSpec  # noqa: E402
 
 VNNI = "icelake-server"
 needs_vnni = pytest.mark.skipif("avx512_vnni" not in host.cpu_features(), reason="this CPU has no VNNI")
@@ -146,3 +151,59 @@ def test_no_instruction_for_the_form(cpu, activations):
     module, _ = scheduled(product(24, 48, activations), cpu)
 
     assert tvm_compile.integer_contractions_of(module) == 0
+
+
+def stored(folder, model, shape, result_shape):
+    """An ONNX artifact: x -> the model's one output."""
+    axes = {name: Axis(min=1, opt=4, max=8) for name in shape if isinstance(name, str)}
+    (result,) = model.graph.output
+    signature = Signature(
+        inputs=(TensorSpec(name="x", dtype="float32", shape=shape),),
+        outputs=(TensorSpec(name=result.name, dtype="float32", shape=result_shape),),
+        axes=axes,
+    )
+
+    def work(out):
+        onnx.save(model, out / "model.onnx")
+        store.write_json(out / "signature.json", signature.plain())
+        return {}
+
+    return store.make(folder, store.Key("onnx"), work).stored
+
+
+def row(arch):
+    return Target(
+        name="here",
+        backend="tvm",
+        platform="linux",
+        machine="x86_64",
+        arch=arch,
+        schemes=("int8-u8s8",),
+        vs_onnx={"int8-u8s8": {"sqnr_db": 12}},
+    )
+
+
+@pytest.mark.skipif(find("tvm").missing(row("cascadelake")) is not None, reason="TVM can't build for x86-64 here")
+def test_the_audit_says_what_runs_in_integers(tmp_path):
+    model = stored(tmp_path / "onnx", pictures(3), ("batch", 3, 14, 14), ("batch", 24))
+    target = row("cascadelake")
+    engine = store.make(
+        tmp_path / "engine", store.Key("engine"), lambda out: build(model, target, "int8-u8s8", out)
+    ).stored
+    (tmp_path / "audit").mkdir()
+
+    audit(engine, model, target, "int8-u8s8", tmp_path / "audit")
+
+    found = Audit.model_validate_json((tmp_path / "audit" / "audit.json").read_text())
+    assert engine.artifact.facts["int8"] == 3
+    assert found.int8_share == 1
+    assert [row.runs_in for row in found.rows] == ["int8"] * 3
+
+
+@pytest.mark.skipif(find("tvm").missing(row("x86-64-v3")) is not None, reason="TVM can't build for x86-64 here")
+def test_a_processor_without_the_instruction_is_refused(tmp_path):
+    model = stored(tmp_path / "onnx", product(24, 48), ("batch", "seq", 24), ("batch", "seq", 48))
+    (tmp_path / "out").mkdir()
+
+    with pytest.raises(BuildError, match="no dot products of uint8 with int8 on `x86-64-v3` \\(it has none"):
+        build(model, row("x86-64-v3"), "int8-u8s8", tmp_path / "out")

@@ -1,0 +1,58 @@
+"""Every tiny model of the catalogue that exports, through TVM: the numbers of ONNX Runtime, or a clear refusal."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+
+pytest.importorskip("tvm")
+
+from pipeline.backends import find
+from pipeline.errors import BuildError
+from pipeline.stages.build import build
+from pipeline.store import Key, make
+from pipeline.types import Target
+from tests import small
+from tests.models import CATALOGUE
+from tests.stage.test_catalogue import sizes_of
+
+WORKS = [entry for entry in CATALOGUE if entry.fails is None]
+REFUSED = {
+    "ConvKinds": "can't compile .*divisible",  # a grouped transposed convolution over dynamic height and width
+    "InPlaceViews": "can't compile .*compute block",  # writes to slices, as ScatterND
+    "Lstm": r"can't import .*LSTM \(operator `LSTM`.*in module `lstm`",
+}
+TARGET = Target(
+    name="linux-x86_64-tvm",
+    backend="tvm",
+    platform="linux",
+    machine="x86_64",
+    arch="x86-64-v3",
+    schemes=("fp32",),
+    vs_onnx={"fp32": {"max_over_peak": 1e-4}},
+)
+
+
+@pytest.mark.parametrize("entry", WORKS, ids=lambda entry: entry.name)
+def test_same_numbers_or_a_reason(entry, tmp_path):
+    recipe = small.recipe_of(entry)
+    program = small.captured(tmp_path / "program", recipe, small.checkpoint(tmp_path / "checkpoint", entry))
+    model = small.converted(tmp_path / "onnx", recipe, program)
+
+    def work(out):
+        return build(model, TARGET, "fp32", out)
+
+    if entry.name in REFUSED:
+        with pytest.raises(BuildError, match=REFUSED[entry.name]):
+            make(tmp_path / "engine", Key("engine"), work)
+        return
+    engine = make(tmp_path / "engine", Key("engine"), work).stored
+
+    session = onnxruntime.InferenceSession(model.file("model.onnx"), providers=["CPUExecutionProvider"])
+    with find("tvm").load(engine, TARGET, 1) as run:
+        for sizes in sizes_of(entry):
+            feeds = small.feeds(recipe, sizes)
+            found, want = run(feeds), session.run(entry.outputs, feeds)
+            for name, one in zip(entry.outputs, want, strict=True):
+                small.assert_near(np.asarray(one), found[name], f"output {name} at {sizes}")
