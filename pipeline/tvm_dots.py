@@ -44,7 +44,7 @@ def intrinsic(dot: Dot) -> str:
     def meaning(a: T.handle, b: T.handle, c: T.handle) -> None:
         data = T.match_buffer(a, (DEPTH,), dtype=left, offset_factor=1)
         weight = T.match_buffer(b, (lanes, DEPTH), dtype="int8", offset_factor=1)
-        total = T.match_buffer(c, (lanes,), dtype="int32", offset_factor=1, scope="local")
+        total = T.match_buffer(c, (lanes,), dtype="int32", offset_factor=1)
         with T.sblock("root"):
             T.reads(total[0:lanes], data[0:DEPTH], weight[0:lanes, 0:DEPTH])
             T.writes(total[0:lanes])
@@ -58,7 +58,7 @@ def intrinsic(dot: Dot) -> str:
     def call(a: T.handle, b: T.handle, c: T.handle) -> None:
         data = T.match_buffer(a, (DEPTH,), dtype=left, offset_factor=1)
         weight = T.match_buffer(b, (lanes, DEPTH), dtype="int8", offset_factor=1)
-        total = T.match_buffer(c, (lanes,), dtype="int32", offset_factor=1, scope="local")
+        total = T.match_buffer(c, (lanes,), dtype="int32", offset_factor=1)
         with T.sblock("root"):
             T.reads(total[0:lanes], data[0:DEPTH], weight[0:lanes, 0:DEPTH])
             T.writes(total[0:lanes])

@@ -241,7 +241,6 @@ def _tile(schedule: Any, block: Any, row: int | None, height: int, width: int, r
     after = schedule.get_consumers(block)
     finish = after[0] if after else schedule.cache_write(block, 0, "global")
     schedule.reverse_compute_at(finish, tiles_in_order[-1], preserve_unit_loops=True)
-    schedule.set_scope(block, 0, "local")  # on the stack, where LLVM sees that nothing else overlaps it
 
     if width > registers.lanes and width % registers.lanes == 0:
         vectors, column = schedule.split(column, [None, registers.lanes])
@@ -295,7 +294,6 @@ def _integer_contraction(schedule: Any, registers: Registers) -> None:
     tiles_in_order = _in_order(schedule, columns, outer)
     schedule.reorder(*tiles_in_order, *summed[:-1], groups, *rows, vectors, column, four)
     schedule.reverse_compute_at(finish, tiles_in_order[-1], preserve_unit_loops=True)
-    schedule.set_scope(block, 0, "local")  # on the stack, where LLVM sees that nothing else overlaps it
     _vectorise(schedule, schedule.get_loops(finish)[-1], registers)
     _spread(schedule, makers, registers)
     schedule.parallel(schedule.fuse(*tiles_in_order) if len(tiles_in_order) > 1 else tiles_in_order[0])
