@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -134,8 +133,10 @@ def build_here(model: str, target: str, scheme: str, folder: str) -> None:
     row = Target.model_validate_json(target)
     begun = time.perf_counter()
     store.make(Path(folder), Key("engine"), lambda out: build(store.load(Path(model)), row, scheme, out))  # type: ignore[arg-type]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": time.perf_counter() - begun, "peak_mb": peak}))
+    seconds = time.perf_counter() - begun
+    # not `getrusage`, whose peak is that of the process which started this one, if that was larger
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    print(json.dumps({"seconds": seconds, "peak_mb": int(peak.split()[1]) / 1024}))
 
 
 def measured(name: str, root: Path, seconds: float) -> Found:
@@ -144,6 +145,7 @@ def measured(name: str, root: Path, seconds: float) -> Found:
         opt = {axis: found.opt for axis, found in job.recipe.axes.items()}
         found = Found(name, ", ".join(f"{axis} {size}" for axis, size in opt.items()))
         row, other = job.targets
+        shutil.rmtree(root / "engines" / name, ignore_errors=True)  # they may be of older code
         for form, (scheme, fixed) in FORMS.items():
             folder = root / "engines" / name / form.replace(" ", "-")
             try:
