@@ -176,5 +176,7 @@ def _speeds(latency: LatencyReport, scheme: Scheme) -> tuple[Speed, ...]:
 
 def versus_fp32(candidate: Candidate) -> float | None:
     """How many times faster than fp32 a candidate is on one thread; None where that wasn't measured."""
-    ratios = [speed.versus_fp32 for speed in candidate.speeds if speed.versus_fp32 is not None]
+    timed = [speed for speed in candidate.speeds if speed.versus_fp32 is not None]
+    telling = [speed for speed in timed if speed.threads == 1] or timed
+    ratios = [speed.versus_fp32 for speed in telling if speed.versus_fp32]
     return math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios)) if ratios else None

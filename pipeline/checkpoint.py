@@ -43,16 +43,25 @@ def read(path: Path) -> tuple[State, dict[str, JsonValue]]:
     """The tensors in a ``.safetensors``, ``.pt`` or ``.pth`` file by name, on the CPU; and facts about the file.
 
     Raises:
-        CheckpointError: empty, truncated, not a checkpoint, or a pickle that wants to run code.
+        CheckpointError: empty, truncated, not a checkpoint, a pickle that wants to run code, or NaN in it.
     """
     if path.stat().st_size == 0:
         raise CheckpointError(f"the checkpoint `{path}` is empty", hint="copy or train it again")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path), {}
+            state: State = load_file(path)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise _damaged(path, "a safetensors file", error) from error
-    return _tensors(path, _unpickled(path))
+        facts: dict[str, JsonValue] = {}
+    else:
+        state, facts = _tensors(path, _unpickled(path))
+    for name, value in state.items():
+        if value.is_floating_point() and bool(torch.isnan(value).any()):
+            raise CheckpointError(
+                f"the checkpoint `{path}` has NaN among the numbers of `{name}`",
+                hint="training has diverged there: give an earlier checkpoint",
+            )
+    return state, facts
 
 
 def _unpickled(path: Path) -> object:

@@ -156,6 +156,15 @@ def _show(job: Job, verdicts: list[run.Verdict], *, as_json: bool) -> None:
     _warn(job)
     page = report.write(job, verdicts)
     console.say(f"report: {_short(page)}")
+    failed = [verdict for verdict in verdicts if verdict.status == "failed"]
+    if failed:
+        first = failed[0]
+        console.fail(
+            ExportyardError(
+                f"{len(failed)} of {len(verdicts)} targets failed; `{first.target.name}`: {first.reason}",
+                hint="`--target T` exports some targets only; `targets = [...]` in recipe.toml says which a recipe has",
+            )
+        )
     _leave(verdicts)
 
 

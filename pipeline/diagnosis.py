@@ -71,7 +71,9 @@ def target_rows(rows: Mapping[str, Target]) -> list[list[str]]:
     for name, target in rows.items():
         backend = backends.find(target.backend)
         missing, stopped = backend.missing(target), backend.not_runnable(target)
-        state = "[green]ready[/]" if not missing and not stopped else "[yellow]not ready[/]"
+        state = (
+            "[yellow]not here[/]" if missing else "[yellow]builds here, not run[/]" if stopped else "[green]ready[/]"
+        )
         lines.append([name, state, escape(missing or stopped or "")])
     return lines
 

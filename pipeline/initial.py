@@ -12,6 +12,7 @@ _SCAFFOLD = Path(__file__).with_name("scaffold")
 _FILES = {
     "README.md": "README.md",
     "dvc.yaml": "dvc.yaml",
+    "prefect.yaml": "prefect.yaml",
     "gitignore": ".gitignore",
     "dvcignore": ".dvcignore",
     "targets.toml": "targets/targets.toml",

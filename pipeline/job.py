@@ -426,6 +426,10 @@ def check_checkpoint_file(path: Path) -> None:
 
 
 def _copy(source: Path, out: Path) -> Mapping[str, JsonValue]:
+    from pipeline import checkpoint
+
+    if source.suffix != ".pt2":
+        checkpoint.read(source)  # one that can't be read must not take the place of one that could
     shutil.copyfile(source, out / f"model{source.suffix}")
     return {"source": source.name}
 

@@ -133,6 +133,6 @@ def _session(model: onnx.ModelProto, folder: Path) -> onnxruntime.InferenceSessi
     # the numbers of the graph as it stands; and an arena would keep what one sample needed for ever
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors come as exceptions, too
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

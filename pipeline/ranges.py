@@ -86,9 +86,10 @@ def check_axes(program: ExportedProgram, recipe: Recipe, lines: Mapping[str, str
             where = f"axis `{dim}` (dimension {place} of input `{spec.name}`)"
             if isinstance(size, int):
                 raise _refused(
-                    f"{where}: the model works only at size {size}, the recipe asks {axis.min} to {axis.max}",
+                    f"{where}: capture fixes it at {size}, the recipe asks {axis.min} to {axis.max}",
                     lines.get(f"= {size}"),
-                    f"write the code with sizes from `x.shape`, or set `{dim}` to min = opt = max = {size}",
+                    f"write the code with sizes from `x.shape` (loops over steps and torch's recurrent layers fix"
+                    f" their length), or set `{dim}` to min = opt = max = {size}",
                 )
             tied = owner.setdefault(str(size), dim) if size.is_Symbol else programs.in_axes(size, owner)
             if tied != dim:

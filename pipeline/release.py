@@ -118,9 +118,13 @@ def _code(job: Job) -> list[Path]:
 
 
 def _content(found: Manifest) -> dict[str, object]:
-    """What makes two releases the same: the model, the data, and the bytes of every engine."""
+    """What makes two releases the same: the model, the data, and every engine's bytes and the budget that it kept."""
     engines = {
-        name: [engine.scheme, sorted((file.path.rpartition("/")[2], file.sha256) for file in engine.files)]
+        name: [
+            engine.scheme,
+            engine.parity.metric.budget,
+            sorted((file.path.rpartition("/")[2], file.sha256) for file in engine.files),
+        ]
         for name, engine in found.engines.items()
     }
     return {"checkpoint": dict(found.checkpoint), "data": found.data, "engines": engines}
@@ -131,6 +135,7 @@ def _planned_content(job: Job, chosen: Sequence[Chosen]) -> dict[str, object]:
     engines = {
         item.target.name: [
             item.scheme,
+            item.parity.metric.budget,
             sorted((name.rpartition("/")[2], fact.sha256) for name, fact in item.engine.artifact.files.items()),
         ]
         for item in chosen

@@ -92,7 +92,7 @@ class BranchOnLargeSize(nn.Module):
         return x
 
 
-@entry([x("batch", 3)], fails=CaptureError, match=r"axis `batch`.*only at size 4[\s\S]*models\.py:\d+: sizes")
+@entry([x("batch", 3)], fails=CaptureError, match=r"axis `batch`.*fixes it at 4[\s\S]*models\.py:\d+: sizes")
 class SpecializedAxis(nn.Module):
     def forward(self, x):
         sizes = [float(row) for row in range(x.shape[0])]
@@ -393,7 +393,7 @@ class Lstm(nn.Module):
     [x("batch", "seq", 3)],
     axes=BATCH | SEQ,
     fails=CaptureError,
-    match=r"axis `seq`.*only at size 6[\s\S]*min = opt = max",
+    match=r"axis `seq`.*fixes it at 6[\s\S]*min = opt = max",
 )
 class LstmOverAxis(nn.Module):
     def __init__(self):

@@ -32,7 +32,8 @@ def capture(recipe: Recipe, checkpoint: Stored, out: Path) -> dict[str, JsonValu
     """
     path = checkpoints.file_of(checkpoint)
     with programs.quiet():
-        model, facts = _model(recipe, path)
+        called = Path(str(checkpoint.artifact.facts.get("source", path)))  # as the user knows it
+        model, facts = _model(recipe, path, called)
         traced = ranges.trace_sizes(recipe)
         reference = [Answer.of(recipe, model, sizes) for sizes in ranges.check_sizes(recipe, traced)]
         flat = Flat(model, [spec.name for spec in recipe.outputs], copies=any(one.changed for one in reference))
@@ -56,7 +57,7 @@ class _Echo(torch.nn.Module):
         return tuple(one.clone() for one in inputs)
 
 
-def _model(recipe: Recipe, path: Path) -> tuple[torch.nn.Module, dict[str, JsonValue]]:
+def _model(recipe: Recipe, path: Path, called: Path) -> tuple[torch.nn.Module, dict[str, JsonValue]]:
     """The recipe's model with the checkpoint's weights, in evaluation mode."""
     if path.suffix == ".pt2":
         return _saved(recipe, path), {"source": "pt2"}
@@ -73,7 +74,7 @@ def _model(recipe: Recipe, path: Path) -> tuple[torch.nn.Module, dict[str, JsonV
         )
     state, facts = checkpoints.read(path)
     try:
-        facts |= checkpoints.fill(model, state, path)
+        facts |= checkpoints.fill(model, state, called)
         model.cpu()
         model.eval()
     except ExportyardError:

@@ -25,6 +25,13 @@ def test_the_packaged_rows_are_the_repository_s():
     )
 
 
+def test_the_deployments_of_a_new_workspace_are_this_repository_s():
+    packaged = REPOSITORY / "pipeline/scaffold/prefect.yaml"
+    assert packaged.read_text() == (REPOSITORY / "prefect.yaml").read_text(), (
+        "copy prefect.yaml to pipeline/scaffold/prefect.yaml"
+    )
+
+
 def test_a_new_workspace(tmp_path):
     root = tmp_path / "deep" / "models"
     done = initial.init(root, tmp_path / "remote")

@@ -131,6 +131,23 @@ def test_a_truncated_pt_checkpoint(root, failing):
     failing(5, "export", "tiny", "--checkpoint", str(path))
 
 
+def test_a_checkpoint_with_nan_in_it(root, failing):
+    state = workspaces.weights()
+    state["head.weight"].flat[0] = np.nan
+    save_file(state, root / FOLDER / "weights.safetensors")
+    err = failing(5, "export", "tiny")
+    assert "has NaN among the numbers of `head.weight`" in err
+    assert "recipes/tiny/weights.safetensors" in err
+
+
+def test_a_checkpoint_that_is_refused_takes_no_other_ones_place(root, failing):
+    assert cli.invoke(["make", "tiny", "program", "-C", str(root)]) == 0
+    before = store.load(root / "artifacts/tiny/checkpoint").digest
+    (root / "half.pt").write_bytes(b"PK\x03\x04 half of a file")
+    assert "half.pt` is truncated" in failing(5, "export", "tiny", "--checkpoint", str(root / "half.pt"))
+    assert store.load(root / "artifacts/tiny/checkpoint").digest == before
+
+
 def test_a_checkpoint_of_another_model(root, failing):
     state = workspaces.weights()
     state["head.wieght"] = state.pop("head.weight")

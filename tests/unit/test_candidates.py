@@ -37,6 +37,15 @@ def test_without_a_search_there_is_no_ranking(tmp_path):
     assert ranking(make(tmp_path / "graph", Key("onnx"), empty).stored) == ()
 
 
+def test_the_speed_beside_fp32_is_that_of_one_thread():
+    speeds = tuple(
+        Speed(sizes={}, threads=threads, median_ms=1, versus_fp32=ratio)
+        for threads, ratio in ((1, 2.0), (1, 8.0), (2, 0.1))
+    )
+    found = Candidate(target="t", scheme="int8-u8s8", outcome="chosen", speeds=speeds)
+    assert versus_fp32(found) == pytest.approx(4)
+
+
 def test_what_was_not_found_out_stays_empty():
     line = summary.candidate_row(Candidate(target="t", scheme="int8-dynamic", outcome="does not apply: no products"))
     assert line == ["t", "int8-dynamic", *[""] * 10, "[dim]does not apply: no products[/]"]
