@@ -29,32 +29,6 @@ def clipped_lookups(module: tvm.IRModule) -> tvm.IRModule:
     return visitor.builder_.get()
 
 
-@mutator
-class _CountingFromTheFront(PyExprMutator):  # type: ignore[misc]  # as above
-    """Rewrites ``squeeze(axis=[-1])``."""
-
-    def visit_call_(self, call: relax.Call) -> relax.Expr:
-        call = self.visit_expr_post_order(call)
-        if isinstance(call.op, tvm.ir.Op) and call.op.name == "relax.squeeze" and call.attrs.axis is not None:
-            rank = call.args[0].ty.ndim
-            axes = [int(axis) for axis in call.attrs.axis]
-            if rank > 0 and min(axes, default=0) < 0:
-                return relax.op.squeeze(call.args[0], [axis % rank for axis in axes])
-        return call
-
-
-def counted_from_the_front(module: tvm.IRModule) -> tvm.IRModule:
-    """Squeezed axes are counted from the front: TVM's ConvertLayout takes a negative one for a huge index and fails.
-
-    Seen with apache-tvm 0.27 as ``std::bad_alloc``.
-    """
-    visitor = _CountingFromTheFront(module)
-    for variable, function in module.functions.items():
-        if isinstance(function, relax.Function):
-            visitor.builder_.update_func(variable, visitor.visit_expr(function))
-    return visitor.builder_.get()
-
-
 def _sorted_shape_functions(module: tvm.IRModule, _context: object) -> tvm.IRModule:
     for variable, function in list(module.functions.items()):
         if not (isinstance(function, tirx.PrimFunc) and variable.name_hint.startswith("shape_func")):
