@@ -1,7 +1,9 @@
 """Engines for other machines: built here, run under an emulator or on a board behind TVM's RPC."""
 
 import contextlib
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -116,7 +118,7 @@ def board():
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "tvm.exec.rpc_server", "--host", "127.0.0.1", "--port", str(port)]
     log = subprocess.DEVNULL
-    process = subprocess.Popen([*command, "--port-end", str(port + 1)], stdout=log, stderr=log)
+    process = subprocess.Popen([*command, "--port-end", str(port + 1)], stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -125,7 +127,7 @@ def board():
             time.sleep(0.2)
         yield port
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)  # its worker would outlive it
         process.wait()
 
 
