@@ -14,9 +14,9 @@ A nest that fits neither rule stays as it is: slow, and right.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import tvm
 from tvm import s_tir, tirx
@@ -47,17 +47,33 @@ class Registers:
     dot: Dot | None = None
 
 
+Choice = tuple[int, ...]  # what a rule may choose; for a contraction: height and width of a tile, order of tiles
+
+
+class Chooser(Protocol):
+    """Decides between the schedules that a rule allows; see `tvm_tuning` for one that has measured them."""
+
+    def __call__(self, schedule: Any, block: Any, choices: Sequence[Choice], rule: Choice, /) -> Choice:
+        """One of `choices` for the nest around `block`; `rule` is what the rule itself would take."""
+        ...
+
+
+def as_the_rule(_schedule: Any, _block: Any, _choices: Sequence[Choice], rule: Choice, /) -> Choice:
+    """The `Chooser` that has measured nothing."""
+    return rule
+
+
 class _DoesNotFit(Exception):  # noqa: N818  not an error: the next rule is tried
     """The rule is not for this loop nest."""
 
 
-def scheduled(registers: Registers) -> Any:
+def scheduled(registers: Registers, choose: Chooser = as_the_rule) -> Any:
     """A pass over an IRModule that schedules every loop nest that no one has scheduled before."""
 
     def run(module: tvm.IRModule, _context: object) -> tvm.IRModule:
         for variable, function in list(module.functions.items()):
             if isinstance(function, tirx.PrimFunc) and not (function.attrs and SCHEDULED in function.attrs):
-                found = _schedule(function, registers)
+                found = schedule_of(function, registers, choose)
                 if found is not None:
                     module.update_func(variable, found)
         return module
@@ -65,12 +81,13 @@ def scheduled(registers: Registers) -> Any:
     return tvm.transform.module_pass(run, opt_level=0, name="ScheduleForCpu")
 
 
-def _schedule(function: tirx.PrimFunc, registers: Registers) -> tirx.PrimFunc | None:
+def schedule_of(function: tirx.PrimFunc, registers: Registers, choose: Chooser = as_the_rule) -> tirx.PrimFunc | None:
+    """One loop nest as the first rule that fits it schedules it; None where none does."""
     for rule in (_integer_contraction, _contraction, _plain):
         schedule = s_tir.Schedule(tvm.IRModule({"main": function}))
         # a rule may find halfway that a primitive refuses this nest; its half-made schedule is thrown away
         with contextlib.suppress(_DoesNotFit, s_tir.ScheduleError, tvm.error.InternalError):
-            rule(schedule, registers)
+            rule(schedule, registers, choose)
             return schedule.mod["main"].with_attr({SCHEDULED: True, RULE: rule.__name__.lstrip("_")})
     return None
 
@@ -141,7 +158,7 @@ def _inline(schedule: Any, keep: frozenset[str] = frozenset()) -> None:
 # --- contractions --------------------------------------------------------------------------------------------------
 
 
-def _contraction(schedule: Any, registers: Registers) -> None:
+def _contraction(schedule: Any, registers: Registers, choose: Chooser) -> None:
     block = _reducing(schedule)
     if len(schedule.get(block).reads) != 2:
         raise _DoesNotFit
@@ -158,10 +175,12 @@ def _contraction(schedule: Any, registers: Registers) -> None:
     width = _tile_width(_extent(schedule, spatial[-1]), registers)
     row = _row_axis(schedule, spatial)
     height = _tile_height(schedule, spatial, row, width, registers)
+    choices = _tiles(schedule, spatial, row, registers)
+    height, width, order = choose(schedule, block, choices, (height, width, PANELS_FIRST))
     unknown_rows = row is not None and _extent(schedule, spatial[row]) is None
     if unknown_rows or _extent(schedule, spatial[-1]) is None:
         block = _pad(schedule, block, row, height, width)
-    _tile(schedule, block, row, height, width, registers)
+    _tile(schedule, block, row, (height, width, order), registers)
     if schedule.mod["main"].attrs and "layout_free_buffers" in schedule.mod["main"].attrs:
         meta_schedule.postproc.RewriteLayout().apply(schedule)
 
@@ -210,6 +229,22 @@ def _tile_height(schedule: Any, spatial: list[Any], row: int | None, width: int,
     return most if extent is None else max(height for height in range(1, most + 1) if extent % height == 0)
 
 
+def _tiles(schedule: Any, spatial: list[Any], row: int | None, registers: Registers) -> list[Choice]:
+    """Every tile that the registers can hold, with each order of the tiles."""
+    columns = _extent(schedule, spatial[-1])
+    rows = 1 if row is None else _extent(schedule, spatial[row])
+    room = registers.accumulators + registers.accumulators // 2  # more than the rule takes: LLVM may find a place
+    orders = (PANELS_FIRST, PANELS_LAST, PANELS_SECOND)[: min(3, len(spatial))]
+    return [
+        (height, vectors * registers.lanes, order)
+        for vectors in range(1, 5)
+        if columns is None or columns % (vectors * registers.lanes) == 0
+        for height in range(1, 17)
+        if (rows is None or rows % height == 0) and height * vectors <= room
+        for order in orders
+    ]
+
+
 def _pad(schedule: Any, block: Any, row: int | None, height: int, width: int) -> Any:
     """Round dynamic axes up to whole tiles; what is too much is cut off again behind the product."""
     spatial, _ = _split_axes(schedule, block)
@@ -226,7 +261,8 @@ def _pad(schedule: Any, block: Any, row: int | None, height: int, width: int) ->
     return block
 
 
-def _tile(schedule: Any, block: Any, row: int | None, height: int, width: int, registers: Registers) -> None:
+def _tile(schedule: Any, block: Any, row: int | None, tile: Choice, registers: Registers) -> None:
+    height, width, order = tile
     spatial, summed = _split_axes(schedule, block)
     makers = schedule.get_producers(block)
     columns, column = schedule.split(spatial[-1], [None, width])
@@ -235,7 +271,7 @@ def _tile(schedule: Any, block: Any, row: int | None, height: int, width: int, r
         tiles, one = schedule.split(spatial[row], [None, height])
         outer.append(tiles)
         rows.append(one)
-    tiles_in_order = _in_order(schedule, columns, outer)
+    tiles_in_order = _in_order(schedule, columns, outer, order)
     schedule.reorder(*tiles_in_order, *summed, *rows, column)
 
     after = schedule.get_consumers(block)
@@ -254,14 +290,21 @@ def _tile(schedule: Any, block: Any, row: int | None, height: int, width: int, r
     schedule.decompose_reduction(block, summed[0])
 
 
-def _in_order(schedule: Any, columns: Any, outer: list[Any]) -> list[Any]:
+# Orders of the loops over tiles. With panels first, a panel of weights is read once and stays in the cache while all
+# rows pass by; with panels last, the rows stay, and the panels pass by.
+PANELS_FIRST, PANELS_LAST, PANELS_SECOND = 0, 1, 2
+
+
+def _in_order(schedule: Any, columns: Any, outer: list[Any], order: int = PANELS_FIRST) -> list[Any]:
     """The loops over tiles, before they are fused into one that runs in parallel.
 
-    Columns come first: a panel of weights is read once and stays in the cache while all rows pass by. Only a dynamic
-    axis before the rows is further out: where an index of the fused loop is split again, its length is then no divisor.
+    A dynamic axis before the rows is always further out: where an index of the fused loop is split again, its length
+    is then no divisor.
     """
     dynamic = [loop for loop in outer[:-1] if _extent(schedule, loop) is None]
-    return [*dynamic, columns, *(loop for loop in outer if loop not in dynamic)]
+    rest = [loop for loop in outer if loop not in dynamic]
+    place = {PANELS_FIRST: 0, PANELS_LAST: len(rest), PANELS_SECOND: min(1, len(rest))}[order]
+    return [*dynamic, *rest[:place], columns, *rest[place:]]
 
 
 # --- contractions of 8-bit integers --------------------------------------------------------------------------------
@@ -271,7 +314,7 @@ def _in_order(schedule: Any, columns: Any, outer: list[Any]) -> list[Any]:
 INTEGER_ACCUMULATORS = {16: 15, 8: 10, 4: 24}
 
 
-def _integer_contraction(schedule: Any, registers: Registers) -> None:
+def _integer_contraction(schedule: Any, registers: Registers, choose: Chooser) -> None:  # noqa: ARG001
     """As `tvm_integer` writes them: weights packed, sums of four products in one instruction."""
     dot = registers.dot
     if dot is None or not any(schedule.get(block).name_hint == "dot" for block in _blocks(schedule)):
@@ -333,7 +376,7 @@ def _spread(schedule: Any, makers: list[Any], registers: Registers) -> None:
 # --- everything else -----------------------------------------------------------------------------------------------
 
 
-def _plain(schedule: Any, registers: Registers) -> None:
+def _plain(schedule: Any, registers: Registers, _choose: Chooser) -> None:
     _inline(schedule)
     for block in _blocks(schedule):
         if not schedule.get_loops(block):
