@@ -284,6 +284,27 @@ class Device(Frozen):
         return name, int(port)
 
 
+def _buckets(value: Any) -> Any:
+    """``"auto"`` as a table that leaves every axis to us; sizes in ascending order."""
+    if value == "auto":
+        return {}
+    if value is None or isinstance(value, Mapping):
+        return value and {axis: _bucket_sizes(axis, sizes) for axis, sizes in value.items()}
+    raise ValueError('expected "auto", or a table of sizes for each axis such as { batch = [1, 8] }')
+
+
+def _bucket_sizes(axis: str, value: Any) -> tuple[int, ...]:
+    sizes = list(value) if isinstance(value, list | tuple) else []
+    whole = all(isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= LARGEST for size in sizes)
+    if not sizes or not whole or len(set(sizes)) < len(sizes):
+        raise ValueError(f"axis `{axis}` is {value!r}: expected different sizes from 1 on, such as [1, 8]")
+    return tuple(sorted(sizes))
+
+
+Buckets = Annotated[Mapping[str, tuple[int, ...]] | None, BeforeValidator(_buckets)]
+"""Sizes of each axis that engines are built for; an axis that isn't there has its opt and its max."""
+
+
 class Target(Frozen):
     """One row of ``targets/targets.toml``: hardware, backend and precision policy.
 
@@ -295,6 +316,8 @@ class Target(Frozen):
         vs_onnx: for each scheme, how far an engine may be from the ONNX graph that it was built from.
         pool: Prefect work pool whose workers can build and run it.
         device: where its engines are run; without it, on this host or under an emulator.
+        buckets: fixed sizes, one engine for each combination (`pipeline.buckets`); None is one engine for all sizes.
+            In the file ``"auto"`` stands for an empty table.
     """
 
     name: Name
@@ -309,6 +332,7 @@ class Target(Frozen):
     pool: str = "cpu"
     options: Mapping[str, str | int | bool] = {}
     device: Device | None = None
+    buckets: Buckets = None
 
     @model_validator(mode="after")
     def _covered(self) -> Target:
@@ -514,6 +538,8 @@ class Backend(Protocol):
         option_names: keys of `Target.options` that it understands; with ``device.rpc`` if it can run engines on a
             row's `device`, its `load` then yields a `DeviceRunner`.
         schemes: numeric forms that it can carry.
+        static_only: optional; True if it can only build models without dynamic axes, so that its rows need `buckets`
+            for any other model. Where only some models are such, its `build` raises `pipeline.buckets.needed`.
     """
 
     name: str

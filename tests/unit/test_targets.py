@@ -58,6 +58,11 @@ def test_rows_keep_the_order_of_the_file(tmp_path):
         ("[targets.here-echo]", "[target.here-echo]", "unknown table `target`"),
         ("[targets.here-echo]", "[targets.Here]", "(?s)target `Here`.*name"),
         ('backend = "echo"', "backend = echo", "is not valid TOML"),
+        ('arch = "none"', 'arch = "none"\nbuckets = "all"', "(?s)`buckets` = 'all': expected \"auto\", or a table"),
+        ('arch = "none"', 'arch = "none"\nbuckets = { batch = 8 }', "axis `batch` is 8: expected different sizes"),
+        ('arch = "none"', 'arch = "none"\nbuckets = { batch = [] }', r"axis `batch` is \[\]: expected"),
+        ('arch = "none"', 'arch = "none"\nbuckets = { batch = [0, 8] }', r"axis `batch` is \[0, 8\]: expected"),
+        ('arch = "none"', 'arch = "none"\nbuckets = { batch = [8, 8] }', r"axis `batch` is \[8, 8\]: expected"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, old, new, match):
@@ -65,6 +70,18 @@ def test_what_is_wrong_is_named(tmp_path, old, new, match):
     with pytest.raises(WorkspaceError, match=match) as caught:
         read(tmp_path, ROW.replace(old, new))
     assert len(str(caught.value).splitlines()) <= 10
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [('"auto"', {}), ("{}", {}), ("{ seq = [64, 32], batch = [1] }", {"seq": (32, 64), "batch": (1,)})],
+)
+def test_buckets_are_sizes_in_ascending_order(tmp_path, said, found):
+    row = read(tmp_path, ROW + f"buckets = {said}\n")["here-echo"]
+
+    assert row.buckets == found
+    assert type(row).model_validate_json(row.model_dump_json()) == row
+    assert read(tmp_path, ROW)["here-echo"].buckets is None
 
 
 def test_misspelt_target_suggests_the_nearest():
