@@ -2,15 +2,21 @@
 SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
+# what `make test` needs, which is small, and all that there is
+EXTRAS := tvm,pt2e,flows,examples,dev
+LARGE := executorch,litert,coreml,stablehlo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format clean lock
+.PHONY: demo test test-all lint format clean lock
 
 demo: .venv/ready  ## checkpoint to release on real data, from nothing
 	@$(BIN)/python -m flows.demo
 
 test: lint  ## lint, types, import layers and every test
 	$(BIN)/pytest --numprocesses auto --dist loadfile
+
+test-all: .venv/all lint  ## as test, with every backend that there is; no test may be skipped for want of a package
+	EXPORTYARD_TEST_ALL=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
@@ -32,10 +38,21 @@ format: .venv/ready
 	@$(BIN)/python -m compileall -q pipeline flows || true
 	@touch $@
 
-lock: .venv/ready  ## refresh requirements.lock from the newest versions that pyproject.toml admits
-	$(BIN)/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[tvm,flows,examples,dev]'
+.venv/all: requirements-all.lock .venv/ready
+	@echo "installing requirements-all.lock into .venv (2 GB)"
+	@$(BIN)/pip install --quiet --requirement requirements-all.lock
+	@touch $@
+
+lock:  ## refresh both lock files from the newest versions that pyproject.toml admits
+	$(PYTHON) -m venv --clear .scratch/lock
+	.scratch/lock/bin/pip install --quiet --editable '.[$(EXTRAS)]'
 	(echo '# Exact versions of everything, for Python 3.11; written by `make lock`, read by `make .venv`.'; \
-	 $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//') > requirements.lock
+	 .scratch/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//') > requirements.lock
+	.scratch/lock/bin/pip install --quiet --constraint requirements.lock --editable '.[$(EXTRAS),$(LARGE)]'
+	(echo '# What the large backends need beside requirements.lock; written by `make lock`, read by `make test-all`.'; \
+	 echo '--requirement requirements.lock'; \
+	 .scratch/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' | grep --invert-match --line-regexp \
+	 --fixed-strings --file requirements.lock) > requirements-all.lock
 
 clean:
 	rm -rf .venv .scratch artifacts/*/ .mypy_cache .ruff_cache .pytest_cache

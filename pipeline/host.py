@@ -86,6 +86,13 @@ def has_module(name: str) -> bool:
         return False
 
 
+def absent(module: str, distribution: str, extra: str) -> str | None:
+    """Why a backend lacks a package, and which extra brings it; None where it is installed."""
+    if has_module(module):
+        return None
+    return f"the package `{distribution}` is not installed (`pip install 'exportyard[{extra}]'`)"
+
+
 @functools.cache
 def distribution_of(module: str) -> str | None:
     """The installed distribution that a top-level module comes from."""

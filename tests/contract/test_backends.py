@@ -13,6 +13,7 @@ from pipeline.errors import BuildError, ExportyardError, UsageError
 from pipeline.stages.build import build
 from pipeline.store import Key
 from pipeline.types import Target, Tolerance
+from tests import extras
 
 # option sets under which each backend keeps its promises; a plug-in without an entry is tried without options
 OPTIONS = {
@@ -52,7 +53,7 @@ def engine(request, model, tmp_path_factory):
     target, backend = row(name, options), backends.find(name)
     reason = backend.missing(target) or backend.not_runnable(target)
     if reason is not None:
-        pytest.skip(reason)
+        extras.skip(reason)
     source = model.source(backend.source(target))
     folder = tmp_path_factory.mktemp(name)
 
