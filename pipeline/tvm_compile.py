@@ -11,8 +11,9 @@ from tvm import relax
 from pipeline import tvm_math
 from pipeline.tvm_integer import integer_contractions, quantising
 from pipeline.tvm_layout import channels_last
+from pipeline.tvm_nests import Registers
 from pipeline.tvm_passes import clipped_lookups, sorted_shape_functions
-from pipeline.tvm_schedules import RULE, Registers
+from pipeline.tvm_schedules import RULE
 from pipeline.tvm_schedules import scheduled as by_rule
 
 

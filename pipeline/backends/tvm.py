@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.store import Stored
-    from pipeline.tvm_schedules import Registers
+    from pipeline.tvm_nests import Registers
     from pipeline.types import Tensors
 
 SOURCES = ("onnx", "program")
@@ -49,6 +49,7 @@ NATIVE: Mapping[str, Sequence[tuple[str, frozenset[str]]]] = {
     "aarch64": (("neoverse-n1", frozenset({"asimddp", "asimdhp", "atomics"})), ("cortex-a53", frozenset())),
 }
 
+ARMV7 = ("5", "7", "8", "9", "12", "15", "17")  # of Cortex-A: 32 bits, 16 registers of four lanes
 DOT_PRODUCT_CORTEX = tuple(f"cortex-{name}" for name in ("a55", "a75", "a76", "a77", "a78", "x1", "x2", "x3"))
 
 
@@ -225,7 +226,7 @@ def native_cpu() -> str:
 def registers_of(cpu: str) -> Registers:
     """The vector registers of an LLVM processor, as far as its name tells; four lanes where it doesn't."""
     from pipeline.tvm_dots import SDOT, VNNI_512
-    from pipeline.tvm_schedules import Registers
+    from pipeline.tvm_nests import Registers
 
     if cpu in ("sapphirerapids", "icelake-server", "cascadelake", "znver4", "znver5"):
         return Registers(lanes=16, accumulators=14, dot=VNNI_512)
@@ -235,6 +236,10 @@ def registers_of(cpu: str) -> Registers:
         return Registers(lanes=8, accumulators=12)
     if cpu.startswith("x86-64"):
         return Registers(lanes=4, accumulators=12)
+    if cpu.startswith("cortex-a") and cpu.removeprefix("cortex-a") in ARMV7:
+        return Registers(lanes=4, accumulators=12)
+    if "rv64" in cpu:  # without vectors: four of its 32 registers for each of these
+        return Registers(lanes=4, accumulators=6, columns=1)
     dot = SDOT if cpu.startswith(("neoverse-", *DOT_PRODUCT_CORTEX)) else None
     return Registers(lanes=4, accumulators=24, columns=4, dot=dot)
 

@@ -9,7 +9,7 @@ tvm = pytest.importorskip("tvm")
 
 from tvm import te, topi  # noqa: E402
 
-from pipeline import tvm_math, tvm_schedules  # noqa: E402
+from pipeline import tvm_math, tvm_nests, tvm_schedules  # noqa: E402
 
 ENDS = [np.nan, np.inf, -np.inf, 0, -0.0, 88.7, 88.8, 89, -87.2, -90, -100, -110, 1e-30, -1e-30, 3e38]
 
@@ -31,7 +31,7 @@ def test_as_exact_as_float32_allows(operator, reference, lanes):
     array = np.concatenate([ENDS, np.linspace(-100, 90, 4001), np.linspace(-6, 6, 4000)]).astype(np.float32)
     x = te.placeholder(array.shape, name="x")
     function = te.create_prim_func([x, operator(x)]).with_attr("global_symbol", "main")
-    module = tvm_schedules.scheduled(tvm_schedules.Registers(lanes, 12))(tvm.IRModule({"main": function}))
+    module = tvm_schedules.scheduled(tvm_nests.Registers(lanes, 12))(tvm.IRModule({"main": function}))
     built = tvm.compile(module, target=tvm.target.Target("llvm"))
     out = tvm.runtime.tensor(np.zeros_like(array))
     built["main"](tvm.runtime.tensor(array), out)

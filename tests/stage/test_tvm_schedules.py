@@ -9,7 +9,8 @@ from tvm import te, topi  # noqa: E402
 from tvm.script import tirx as T  # noqa: E402
 
 from pipeline import tvm_passes, tvm_schedules  # noqa: E402
-from pipeline.tvm_schedules import SCHEDULED, Registers  # noqa: E402
+from pipeline.tvm_nests import Registers  # noqa: E402
+from pipeline.tvm_schedules import SCHEDULED  # noqa: E402
 
 WIDE = Registers(lanes=16, accumulators=14)
 NARROW = Registers(lanes=4, accumulators=24, columns=4)

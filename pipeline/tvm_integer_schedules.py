@@ -1,0 +1,74 @@
+"""Schedules for contractions of 8-bit integers, as `tvm_integer` writes them: see `tvm_schedules`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.tvm_dots import DEPTH, ROWS, Dot, intrinsic
+from pipeline.tvm_nests import (
+    Chooser,
+    DoesNotFit,
+    Registers,
+    blocks,
+    extent_of,
+    in_order,
+    inline,
+    row_axis,
+    split_axes,
+    spread,
+    vectorise,
+)
+
+# By lanes: registers for sums, beside those for weights and a broadcast; and less than 1024 bytes, since TVM puts no
+# more on the stack, and LLVM keeps in registers only what is there.
+INTEGER_ACCUMULATORS = {16: 15, 8: 10, 4: 24}
+
+
+def integer_contraction(schedule: Any, registers: Registers, choose: Chooser) -> None:  # noqa: ARG001
+    """As `tvm_integer` writes them: weights packed, sums of four products in one instruction."""
+    dot = registers.dot
+    if dot is None or not any(schedule.get(block).name_hint == "dot" for block in blocks(schedule)):
+        raise DoesNotFit
+    inline(schedule, frozenset({"padded"}))
+    block = schedule.get_sblock("dot")
+    spatial, summed = split_axes(schedule, block)
+    row = row_axis(schedule, spatial)
+    height, width = _integer_tile(schedule, spatial, row, dot)
+    makers, after = schedule.get_producers(block), schedule.get_consumers(block)
+    finish = after[0] if after else schedule.cache_write(block, 0, "global")
+
+    columns, vectors, column = schedule.split(spatial[-1], [None, width, dot.lanes])
+    outer, rows = [loop for place, loop in enumerate(spatial[:-1]) if place != row], []
+    if row is not None:
+        tiles, one = schedule.split(spatial[row], [None, height])
+        outer.append(tiles)
+        rows.append(one)
+    groups, four = schedule.split(summed[-1], [None, DEPTH])
+    tiles_in_order = in_order(schedule, columns, outer)
+    schedule.reorder(*tiles_in_order, *summed[:-1], groups, *rows, vectors, column, four)
+    schedule.reverse_compute_at(finish, tiles_in_order[-1], preserve_unit_loops=True)
+    vectorise(schedule, schedule.get_loops(finish)[-1], registers)
+    spread(schedule, makers, registers)
+    schedule.parallel(schedule.fuse(*tiles_in_order) if len(tiles_in_order) > 1 else tiles_in_order[0])
+    # last: afterwards the block no longer counts as a reduction, and nothing more can be done around it
+    begin = schedule.decompose_reduction(block, summed[0] if len(summed) > 1 else groups)
+    schedule.tensorize(column, intrinsic(dot))
+    start = schedule.get_loops(begin)
+    schedule.vectorize(start[-1])
+    for loop in (*rows, vectors, *start[1:-1]):
+        schedule.unroll(loop)
+
+
+def _integer_tile(schedule: Any, spatial: list[Any], row: int | None, dot: Dot) -> tuple[int, int]:
+    """Rows, and vectors of columns: those that multiply most for each value that is loaded."""
+    wide = (extent_of(schedule, spatial[-1]) or dot.lanes) // dot.lanes
+    # a dynamic number of rows has been rounded up to whole tiles, and is a multiple of this
+    tall = 1 if row is None else (extent_of(schedule, spatial[row]) or ROWS)
+    room = INTEGER_ACCUMULATORS[dot.lanes]
+    found = [
+        (height, width)
+        for height in range(1, 17)
+        for width in range(1, 7)
+        if tall % height == 0 and wide % width == 0 and height * width <= room
+    ]
+    return max(found, key=lambda tile: (tile[0] * tile[1] / (tile[0] + tile[1]), tile))
