@@ -286,9 +286,11 @@ class Job:
             config = target.model_dump(mode="json", include={"backend", "platform", "machine", "arch", "options"})
             # how the graph was found doesn't decide what is built from it
             files = {name: fact.sha256 for name, fact in source.stored.artifact.files.items() if name != SEARCH}
-            return Key(
-                "engine", {"model": digest.of_json(files)}, config | {"scheme": scheme}, dict(backend.tools(target))
-            )
+            tools = dict(backend.tools(target))
+            if target.buckets is not None:
+                config["buckets"] = {axis: [*sizes] for axis, sizes in target.buckets.items()}
+                tools |= host.versions(["torch" if backend.source(target) == "program" else "onnx"])
+            return Key("engine", {"model": digest.of_json(files)}, config | {"scheme": scheme}, tools)
 
         def work(out: Path) -> Mapping[str, JsonValue]:
             from pipeline.stages.build import build

@@ -112,6 +112,7 @@ def save(program: ExportedProgram, path: Path, root: Path) -> None:
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
+                node.meta.pop("from_node", None)  # of a program that was traced again: it has addresses of this process
                 if node.meta.get("stack_trace"):
                     node.meta["stack_trace"] = without_paths(node.meta["stack_trace"], root)
     with path.open("wb") as file:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
+from pipeline import buckets
 from pipeline.errors import BuildError, ExportyardError, UsageError, last_line, nearest, unknown
 from pipeline.types import Backend, Runner, Signature, Target, TensorSpec
 
@@ -58,9 +59,27 @@ def find(name: str) -> Backend:
 def loaded(engine: Stored, target: Target, threads: int | None = None) -> Iterator[Runner]:
     """The engine, ready to run; see `Backend.load`. Whatever a plug-in's `load` raises, a caller meets `BuildError`.
 
+    An engine with buckets is one runner, too: for all sizes that its buckets hold.
+
     Raises:
         BuildError, UnavailableError: it can't be loaded.
     """
+    load = functools.partial(_loaded, target=target, threads=threads)
+    if not buckets.of(engine):
+        with load(engine) as run:
+            yield run
+        return
+    from pipeline import padding
+
+    # a board may not have the memory for two, and its server has one client at a time
+    room = None if target.device is None else 1
+    with padding.Shelf(engine, load, room) as shelf:
+        run = checked(shelf.run, shelf.signature)
+        yield run if target.device is None else padding.OnDevice(run, shelf.seconds, shelf.cores)
+
+
+@contextlib.contextmanager
+def _loaded(engine: Stored, target: Target, threads: int | None) -> Iterator[Runner]:
     with contextlib.ExitStack() as stack:
         try:
             run = stack.enter_context(find(target.backend).load(engine, target, threads))

@@ -10,20 +10,19 @@ Options of a row:
 
 from __future__ import annotations
 
-import ast
+import collections
 import contextlib
-import operator
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import JsonValue
 
-from pipeline import host, targets
+from pipeline import dims, host, targets
 from pipeline.backends import checked
 from pipeline.errors import BuildError
-from pipeline.types import Dim, Runner, Scheme, Signature, Target
+from pipeline.types import Runner, Scheme, Signature, Target
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,15 +34,6 @@ if TYPE_CHECKING:
 
 FILE = "model.onnx"
 ALL: frozenset[Scheme] = frozenset({"fp32", "fp16", "bf16", "int8-dynamic", "int8-u8s8", "int8-s8s8", "int8-u8u8"})
-_ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
-_FUNCTIONS: Mapping[str, Callable[..., int]] = {"Max": max, "Min": min}
 
 
 class Echo:
@@ -122,35 +112,16 @@ def _play(target: Target, moment: str) -> None:
 def _zeros(signature: Signature, feeds: Tensors) -> dict[str, NDArray[Any]]:
     import numpy as np
 
-    sizes = {
+    named = {
         dim: size
         for spec in signature.inputs
         for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True)
         if isinstance(dim, str)
     }
-    return {spec.name: np.zeros([size_of(dim, sizes) for dim in spec.shape], spec.dtype) for spec in signature.outputs}
-
-
-def size_of(dim: Dim, sizes: Mapping[str, int]) -> int:
-    """The value of a dimension such as ``2*batch + 1`` or ``Max(1, seq//2)``; 1 for one that only data decides."""
-    if isinstance(dim, int):
-        return dim
-
-    def value(node: ast.expr) -> int:
-        match node:
-            case ast.Constant(value=int(number)):
-                return number
-            case ast.Name(id=name):
-                return sizes.get(name, 1)
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
-                return _ARITHMETIC[type(op)](value(left), value(right))
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -value(operand)
-            case ast.Call(func=ast.Name(id=name), args=arguments) if name in _FUNCTIONS:
-                return _FUNCTIONS[name](*map(value, arguments))
-        raise BuildError(f"echo can't read the dimension `{dim}`", hint="set `reference = true` in its row")
-
-    return value(ast.parse(dim, mode="eval").body)
+    sizes = collections.defaultdict(lambda: 1, named)  # also for a size that only the data decides
+    return {
+        spec.name: np.zeros([dims.size_of(dim, sizes) for dim in spec.shape], spec.dtype) for spec in signature.outputs
+    }
 
 
 BACKEND = Echo()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import JsonValue
 
-from pipeline import backends, targets
+from pipeline import backends, buckets, fixing, targets
+from pipeline.buckets import Bucket
 from pipeline.errors import BuildError, ExportyardError, UnavailableError, UsageError, last_line
-from pipeline.store import Stored
+from pipeline.store import Stored, write_json
 from pipeline.types import Scheme, Target
 
 SIGNATURE = "signature.json"
@@ -40,8 +42,17 @@ def build(model: Stored, target: Target, scheme: Scheme, out: Path) -> Mapping[s
             f"`{target.name}` can't be built on this host: {reason}",
             hint="`exportyard doctor` says what to install",
         )
+    found = buckets.plan(target, model.signature())
+    if not found and getattr(backend, "static_only", False) and buckets.dynamic(model.signature()):
+        axes = ", ".join(f"`{name}`" for name in buckets.dynamic(model.signature()))
+        raise buckets.needed(target, f"builds models of fixed sizes only, and {axes} may vary")
+    return _buckets(model, target, scheme, found, out) if found else _engine(model, target, scheme, out)
+
+
+def _engine(model: Stored, target: Target, scheme: Scheme, out: Path) -> Mapping[str, JsonValue]:
+    """One engine in the folder `out`."""
     try:
-        facts = backend.build(model, target, out)
+        facts = backends.find(target.backend).build(model, target, out)
     except (ExportyardError, OSError, MemoryError):
         raise  # OSError: a full disk is the store's to explain
     except Exception as error:  # whatever a library throws, the user sees one line of it
@@ -55,3 +66,25 @@ def build(model: Stored, target: Target, scheme: Scheme, out: Path) -> Mapping[s
         )
     shutil.copyfile(model.file(SIGNATURE), out / SIGNATURE)
     return facts
+
+
+def _buckets(
+    model: Stored, target: Target, scheme: Scheme, found: tuple[Bucket, ...], out: Path
+) -> Mapping[str, JsonValue]:
+    """An engine for each bucket, in a folder of its own; the backend meets models of fixed sizes."""
+    source = backends.find(target.backend).source(target)
+    warnings = dict.fromkeys(buckets.doubts(target, model.signature()))
+    facts: dict[str, JsonValue] = {}
+    for bucket in found:
+        folder = out / bucket.folder
+        folder.mkdir()
+        with tempfile.TemporaryDirectory(dir=out) as place:
+            fixed = fixing.fixed(model, source, bucket.sizes, Path(place) / "model")
+            made = dict(_engine(fixed, target, scheme, folder))
+        told = made.pop("warnings", [])
+        warnings |= dict.fromkeys(map(str, told)) if isinstance(told, list) else {}
+        facts[bucket.folder] = made
+    signature = buckets.served(model.signature(), found)
+    write_json(out / SIGNATURE, signature.plain())
+    write_json(out / buckets.FILE, buckets.Index(buckets=found).plain())
+    return {"buckets": facts, "warnings": list(warnings)}

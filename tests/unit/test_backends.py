@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from pipeline import backends, origin
-from pipeline.backends import echo, tvm
+from pipeline.backends import tvm
 from pipeline.errors import BuildError
 
 
@@ -46,19 +46,6 @@ def test_plugin_that_can_not_be_imported_is_named(plugin):
 
     with pytest.raises(BuildError, match=r"(?s)`acme` of the package `acme-backend`.*a_package_that_is_not_there"):
         backends.find("acme")
-
-
-@pytest.mark.parametrize(
-    ("dim", "size"),
-    [(7, 7), ("batch", 3), ("2*batch + 1", 7), ("((seq//2)) - 1", 4), ("Max(1, batch - 9)", 1), ("data_0", 1)],
-)
-def test_echo_reads_dimensions(dim, size):
-    assert echo.size_of(dim, {"batch": 3, "seq": 10}) == size
-
-
-def test_echo_says_what_it_can_not_read():
-    with pytest.raises(BuildError, match="can't read the dimension `sqrt"):
-        echo.size_of("sqrt(batch)", {"batch": 4})
 
 
 @pytest.mark.parametrize(
