@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 from pydantic import JsonValue
 
-from pipeline import calibrate, half, host, integer, qdq, samples
+from pipeline import bfloat, calibrate, half, host, integer, qdq, samples
 from pipeline import graph as graphs
 from pipeline.errors import ConversionError, DataError, NotApplicable, unknown
 from pipeline.graph import Graph
@@ -92,10 +92,7 @@ def quantize(
     elif scheme == "fp16":
         facts = _half(graph, exclude)
     else:
-        raise ConversionError(
-            f"scheme `{scheme}` can't be written as an ONNX graph here: nothing on this host could check its result",
-            hint=f"remove `{scheme}` from the `schemes` of the target; `fp16` and the int8 schemes work",
-        )
+        facts = _bfloat(graph, exclude)
     report(2, 3, what)
     write(model, fp32, out)
     report(3, 3, what)
@@ -219,6 +216,15 @@ def _half(graph: Graph, exclude: tuple[str, ...]) -> dict[str, JsonValue]:
         "narrowed": dict(_count(kinds[name] for name in nodes)),
         "float": dict(_count(kind for name, kind in kinds.items() if name not in narrow)),
         "constants_clipped": clipped,
+    }
+
+
+def _bfloat(graph: Graph, exclude: tuple[str, ...]) -> dict[str, JsonValue]:
+    kinds = {node.name: node.op_type for node in graph.model.graph.node if node.op_type != "Constant"}
+    narrow = set(bfloat.convert(graph, exclude))
+    return {
+        "narrowed": dict(_count(kinds[name] for name in narrow)),
+        "float": dict(_count(kind for name, kind in kinds.items() if name not in narrow)),
     }
 
 

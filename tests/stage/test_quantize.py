@@ -188,7 +188,7 @@ def cases(tmp_path_factory):
     }
 
 
-BOUNDS = {"fp16": 50, "int8-dynamic": 28, "int8-u8s8": 26, "int8-s8s8": 22, "int8-u8u8": 22}
+BOUNDS = {"fp16": 50, "bf16": 40, "int8-dynamic": 28, "int8-u8s8": 26, "int8-s8s8": 22, "int8-u8u8": 22}
 
 
 @pytest.mark.parametrize("scheme", BOUNDS)
@@ -205,7 +205,7 @@ def test_every_scheme_runs_and_stays_close(cases, kind, scheme):
     assert facts["weight_bytes_after"] < facts["weight_bytes_before"]
 
 
-@pytest.mark.parametrize("scheme", ["fp16", "int8-dynamic", "int8-u8s8"])
+@pytest.mark.parametrize("scheme", ["fp16", "bf16", "int8-dynamic", "int8-u8s8"])
 def test_the_same_model_gives_the_same_bytes(cases, scheme):
     case = cases["convnet"]
     assert case.quantize(scheme, f"{scheme}-one").digest == case.quantize(scheme, f"{scheme}-two").digest
@@ -301,10 +301,21 @@ def test_statistics_of_another_model_are_refused(cases, tmp_path):
         stage.quantize(convnet_case.recipe, convnet_case.fp32, "int8-u8s8", other.statistics, tmp_path, no_report)
 
 
-def test_bf16_is_refused(cases, tmp_path):
-    case = cases["convnet"]
-    with pytest.raises(ConversionError, match="`bf16` can't be written"):
-        stage.quantize(case.recipe, case.fp32, "bf16", None, tmp_path, no_report)
+def test_bf16_rounds_what_is_multiplied_and_nothing_else(cases):
+    case = cases["encoder"]
+    made = case.quantize("bf16")
+    built = onnx.load(made.file("model.onnx")).graph
+    makers = {name: node for node in built.node for name in node.output}
+    products = [node for node in built.node if node.op_type == "MatMul"]
+    assert products
+    for node in products:
+        for name in node.input:
+            assert makers[name].op_type == "Cast"
+            narrow = makers.get(makers[name].input[0])
+            assert narrow is None or narrow.attribute[0].i == TensorProto.BFLOAT16
+    assert {tensor.data_type for tensor in built.initializer if tensor.name.endswith(":bf16")} == {TensorProto.BFLOAT16}
+    assert made.artifact.facts["narrowed"] == {"MatMul": len(products)}
+    assert made.artifact.facts["weight_bytes_after"] < made.artifact.facts["weight_bytes_before"]
 
 
 def test_a_model_without_weights_has_nothing_to_quantise(tmp_path):
@@ -318,6 +329,8 @@ def test_a_model_without_weights_has_nothing_to_quantise(tmp_path):
     for scheme in ("int8-dynamic", "int8-u8s8"):
         with pytest.raises(NotApplicable, match=f"`{scheme}` changes nothing in this model.*it has Softmax"):
             case.quantize(scheme)
+    with pytest.raises(NotApplicable, match="`bf16` changes nothing in this model"):
+        case.quantize("bf16")
 
 
 def test_a_tensor_with_infinities_keeps_its_readers_in_float(tmp_path):
