@@ -247,7 +247,7 @@ def _ratios(job: Job, loaders: Mapping[str, sides.Loader]) -> dict[str, sides.Ra
     """
     found: dict[str, sides.Ratio] = {}
     for threads in timed_threads():
-        for sizes in timed_sizes(job.recipe):
+        for sizes in timed_sizes(job.recipe.axes):
             timed = [sides.speeds(job, loaders, "fp32", threads, [sizes], SECONDS)[0]["chosen"]]
             while timed[0].median < sides.NOISE and len(timed) < 3:
                 timed.append(sides.speeds(job, loaders, "fp32", threads, [sizes], 2 * SECONDS)[0]["chosen"])

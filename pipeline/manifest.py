@@ -11,11 +11,16 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline import digest
 from pipeline.errors import ReleaseError, unknown
-from pipeline.types import Distance, Frozen, MetricResult, Scheme, Signature, Target, Timing, Tolerance, Tried
+from pipeline.types import Axis, Distance, Frozen, MetricResult, Scheme, Signature, Target, Timing, Tolerance, Tried
 
 FILE = "manifest.json"
 GOLDEN = "golden.safetensors"
 _NOTE = "artifact.json"  # the store's own description; beside a release, never part of it
+
+
+def folder_of(target: str) -> str:
+    """Where the files of a target's engine are in a release, with a slash at the end."""
+    return f"engines/{target}/"
 
 
 class ReleaseFile(Frozen):
@@ -70,6 +75,25 @@ class Latency(Frozen):
     not_measured: str | None = None
 
 
+class Bucket(Frozen):
+    """The files for inputs of up to `sizes`; paths as in `ReleaseFile`. They are an engine of fixed sizes."""
+
+    sizes: Mapping[str, int]
+    files: tuple[str, ...] = Field(min_length=1)
+
+
+class Selector(Frozen):
+    """Which of an engine's files are for which inputs. The first bucket that is large enough in every axis is for them.
+
+    Attributes:
+        axes: sizes that are served; the max is that of the largest bucket.
+        buckets: smaller before larger.
+    """
+
+    axes: Mapping[str, Axis]
+    buckets: tuple[Bucket, ...] = Field(min_length=1)
+
+
 class Engine(Frozen):
     """What the release ships for one target.
 
@@ -77,7 +101,8 @@ class Engine(Frozen):
         target: the whole row, as it was when the engine was built.
         reason: why this scheme was chosen.
         tools: versions, and host facts, that decided the engine's bytes.
-        golden: for each output, how far a device may be from the golden outputs.
+        golden: for each output, how far a device may be from the golden outputs, of the cases whose sizes are served.
+        selector: where the row has `buckets`; without it the files are one engine, for all sizes of the signature.
     """
 
     target: Target
@@ -88,6 +113,7 @@ class Engine(Frozen):
     parity: ParitySummary
     latency: Latency
     golden: Mapping[str, Tolerance]
+    selector: Selector | None = None
 
 
 class Golden(Frozen):

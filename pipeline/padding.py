@@ -36,6 +36,12 @@ def sizes_of(feeds: Tensors, signature: Signature) -> dict[str, int]:
     }
 
 
+def fits(feeds: Tensors, signature: Signature) -> bool:
+    """Whether each axis is in the range that the signature has for it."""
+    ranges = signature.axes
+    return all(ranges[axis].min <= size <= ranges[axis].max for axis, size in sizes_of(feeds, signature).items())
+
+
 def padded(feeds: Tensors, signature: Signature, sizes: Sizes) -> Arrays:
     """`feeds`, made as large as `sizes` with zeros behind; a mask says there that nothing is to be looked at."""
     return {spec.name: _grown(feeds[spec.name], buckets.shape_at(spec, sizes)) for spec in signature.inputs}

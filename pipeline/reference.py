@@ -113,6 +113,10 @@ class Answers:
             self._evaluated = [(sample, self._ask(run, place, sample)) for place, sample in enumerate(found)]
         return self._evaluated
 
+    def ask(self, feeds: Tensors) -> Outputs:
+        """What the program answers to `feeds`; whatever torch raises comes out."""
+        return self._eager()(feeds)
+
     def _ask(self, run: Runner, place: int, sample: Sample) -> Outputs:
         try:
             return dict(run(sample.feeds))

@@ -123,7 +123,7 @@ def _content(found: Manifest) -> dict[str, object]:
         name: [
             engine.scheme,
             engine.parity.metric.budget,
-            sorted((file.path.rpartition("/")[2], file.sha256) for file in engine.files),
+            sorted((file.path.removeprefix(manifest.folder_of(name)), file.sha256) for file in engine.files),
         ]
         for name, engine in found.engines.items()
     }
@@ -136,7 +136,7 @@ def _planned_content(job: Job, chosen: Sequence[Chosen]) -> dict[str, object]:
         item.target.name: [
             item.scheme,
             item.parity.metric.budget,
-            sorted((name.rpartition("/")[2], fact.sha256) for name, fact in item.engine.artifact.files.items()),
+            sorted((name, fact.sha256) for name, fact in item.engine.artifact.files.items()),
         ]
         for item in chosen
     }

@@ -24,7 +24,7 @@ from pipeline import lint, recipes
 from pipeline.errors import DataError, ExportyardError, RecipeError, UsageError, nearest
 from pipeline.lint import Spread
 from pipeline.store import Stored
-from pipeline.types import InputSpec, Recipe, TensorSpec
+from pipeline.types import Axis, InputSpec, Recipe, TensorSpec
 
 Array = NDArray[Any]
 SHARD_BYTES = 64 << 20
@@ -39,12 +39,11 @@ class Sample:
     labels: dict[str, Array]
 
 
-def combinations(recipe: Recipe) -> list[dict[str, int]]:
+def combinations(axes: Mapping[str, Axis], more: Iterable[dict[str, int]] = ()) -> list[dict[str, int]]:
     """Axis sizes at which engines are compared: all at min, opt and max, then each axis alone at min, odd and max.
 
-    Batch 1 is always there. Odd sizes find kernels that handle only whole vectors.
+    Batch 1 is always there. Odd sizes find kernels that handle only whole vectors. `more` follow, each one once.
     """
-    axes = recipe.axes
     opt = {name: axis.opt for name, axis in axes.items()}
     found = [{name: axis.min for name, axis in axes.items()}, opt, {name: axis.max for name, axis in axes.items()}]
     for name, axis in axes.items():
@@ -54,7 +53,7 @@ def combinations(recipe: Recipe) -> list[dict[str, int]]:
         )
         ones = [1] if axis.min <= 1 else []
         found += [opt | {name: size} for size in (*ones, axis.min, odd, axis.max)]
-    unique = {tuple(sorted(sizes.items())): sizes for sizes in found}
+    unique = {tuple(sorted(sizes.items())): sizes for sizes in (*found, *more)}
     return list(unique.values())
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from pipeline import audit as audits
+from pipeline import buckets
 from pipeline.macs import UnclearError
 from pipeline.store import Stored, write_json
-from pipeline.types import Audit, AuditRow, Scheme, Target
+from pipeline.types import Audit, AuditRow, Axis, Scheme, Sizes, Target
 
 ENGINE = "model.onnx"
 COUNT = "int8"  # the fact of an engine that says how many of its contractions run in INT8
@@ -20,7 +21,7 @@ def audit(engine: Stored, model: Stored, target: Target, scheme: Scheme, out: Pa
 
     Args:
         engine: of any backend; those of ONNX Runtime that are an ONNX graph can be looked into, and those of TVM
-            say how many of their contractions run in INT8.
+            say how many of their contractions run in INT8. Of buckets, the one for the opt sizes is looked into.
         model: the ONNX graph that it was built from.
         target: gives the backend.
         scheme: of both.
@@ -33,15 +34,18 @@ def audit(engine: Stored, model: Stored, target: Target, scheme: Scheme, out: Pa
 
 
 def _audit(engine: Stored, model: Stored, target: Target, scheme: Scheme) -> Audit:
+    sizes = {name: axis.opt for name, axis in engine.signature().axes.items()}
+    bucket = buckets.smallest(buckets.of(engine), sizes)
+    if bucket is not None:
+        engine, sizes = buckets.part(engine, bucket), sizes | dict(bucket.sizes)
     reason = _closed(engine, target)
     if reason is None:
         try:
-            signature = model.signature()
-            rows = _rows(engine, model, target)
+            rows = _rows(engine, model, sizes, target)
             return Audit(
                 target=target.name,
                 scheme=scheme,
-                sizes={name: axis.opt for name, axis in signature.axes.items()},
+                sizes=sizes,
                 rows=tuple(rows),
                 int8_share=audits.int8_share(rows),
                 not_audited=None if rows else "the model has no convolution or matrix product",
@@ -51,8 +55,9 @@ def _audit(engine: Stored, model: Stored, target: Target, scheme: Scheme) -> Aud
     return Audit(target=target.name, scheme=scheme, not_audited=reason)
 
 
-def _rows(engine: Stored, model: Stored, target: Target) -> list[AuditRow]:
-    source, signature = model.file("model.onnx"), model.signature()
+def _rows(engine: Stored, model: Stored, sizes: Sizes, target: Target) -> list[AuditRow]:
+    axes = {name: Axis(min=size, opt=size, max=size) for name, size in sizes.items()}
+    source, signature = model.file("model.onnx"), model.signature().model_copy(update={"axes": axes})
     if target.backend == "onnxruntime":
         return audits.audit(engine.file(ENGINE), source, signature)
     integers = engine.artifact.facts[COUNT]

@@ -17,10 +17,21 @@ from typing import TYPE_CHECKING, cast
 
 from pydantic import JsonValue
 
-from pipeline import backends, host, reference, samples, targets
+from pipeline import backends, buckets, host, reference, samples, targets
 from pipeline.errors import BuildError
 from pipeline.store import Stored, write_json
-from pipeline.types import DeviceRunner, LatencyReport, LatencyRow, Ratio, Recipe, Reporter, Scheme, Target, Timing
+from pipeline.types import (
+    Axis,
+    DeviceRunner,
+    LatencyReport,
+    LatencyRow,
+    Ratio,
+    Recipe,
+    Reporter,
+    Scheme,
+    Target,
+    Timing,
+)
 
 if TYPE_CHECKING:
     from pipeline.types import Tensors
@@ -65,13 +76,14 @@ def _here(
     recipe: Recipe, target: Target, engines: Mapping[Scheme, Stored], program: Stored, report: Reporter
 ) -> list[LatencyRow]:
     rows: list[LatencyRow] = []
-    steps = [(threads, sizes) for threads in timed_threads() for sizes in timed_sizes(recipe)]
+    sizes_of = timed_sizes(_served(recipe, engines))
+    steps = [(threads, sizes) for threads in timed_threads() for sizes in sizes_of]
     for threads in timed_threads():
         with contextlib.ExitStack() as stack:
             runners = {"eager": stack.enter_context(reference.eager(program, threads))}
             for scheme, engine in engines.items():
                 runners[scheme] = stack.enter_context(backends.loaded(engine, target, threads))
-            for sizes in timed_sizes(recipe):
+            for sizes in sizes_of:
                 report(len(rows), len(steps), f"latency {target.name} at {dict(sizes)}, {threads} threads")
                 feeds = samples.feeds(recipe, sizes, seed=1)
                 calls = {name: partial(run, feeds) for name, run in runners.items()}
@@ -81,7 +93,7 @@ def _here(
 
 def _on_device(recipe: Recipe, target: Target, engines: Mapping[Scheme, Stored], report: Reporter) -> list[LatencyRow]:
     rows: list[LatencyRow] = []
-    sizes_of = timed_sizes(recipe)
+    sizes_of = timed_sizes(_served(recipe, engines))
     for threads in _device_threads(target, engines):
         for sizes in sizes_of:
             report(len(rows), 2 * len(sizes_of), f"latency {target.name} at {dict(sizes)}, {threads} threads")
@@ -119,18 +131,23 @@ def _timed_there(run: DeviceRunner, feeds: Tensors) -> Turns:
     return Turns(found, found)
 
 
+def _served(recipe: Recipe, engines: Mapping[Scheme, Stored]) -> dict[str, Axis]:
+    """The axes with the ranges that all engines of a row serve; buckets may leave less than the recipe has."""
+    return buckets.axes_of(recipe, next(iter(engines.values())))
+
+
 def timed_threads() -> list[int]:
     """One thread, which two runs agree about best, and every core."""
     return sorted({1, host.cpu_count()})
 
 
-def timed_sizes(recipe: Recipe) -> list[dict[str, int]]:
+def timed_sizes(axes: Mapping[str, Axis]) -> list[dict[str, int]]:
     """The first axis at its min (batch 1, as a rule) with the others at opt, then all at opt."""
-    opt = {name: axis.opt for name, axis in recipe.axes.items()}
+    opt = {name: axis.opt for name, axis in axes.items()}
     if not opt:
         return [{}]
-    first = next(iter(recipe.axes))
-    single = opt | {first: recipe.axes[first].min}
+    first = next(iter(axes))
+    single = opt | {first: axes[first].min}
     return [single, opt] if single != opt else [opt]
 
 

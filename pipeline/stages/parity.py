@@ -7,12 +7,13 @@ eager fp32 PyTorch (bounded by the recipe's budget: is it still the model?).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import JsonValue
 
-from pipeline import backends, compare, metrics, samples
+from pipeline import backends, buckets, compare, metrics, padding, samples
+from pipeline.buckets import Bucket
 from pipeline.errors import BuildError, ExportyardError, ParityError, RecipeError
 from pipeline.reference import Answers, Outputs
 from pipeline.store import Stored, write_json
@@ -25,9 +26,14 @@ from pipeline.types import (
     Reporter,
     Runner,
     Scheme,
+    Signature,
     SizeParity,
+    Sizes,
     Target,
+    Tolerance,
 )
+
+SAME = Tolerance(max_over_peak=1e-4)  # padded or not, in fp32: kernels sum in another order at another size
 
 
 def parity(
@@ -49,7 +55,8 @@ def parity(
         RecipeError: the recipe's feeds or metric raised.
     """
     kinds = {spec.name: spec.kind for spec in recipe.outputs}
-    combinations = samples.combinations(recipe)
+    axes, among = buckets.axes_of(recipe, engine), buckets.of(engine)
+    combinations = samples.combinations(axes, buckets.edges(axes, among))
     steps = len(combinations) + 1
     with backends.loaded(engine, target) as run:
         sizes = []
@@ -57,9 +64,10 @@ def parity(
             report(done, steps, f"parity {target.name} {scheme} at {_spell(combination)}")
             sizes.append(_at(run, model, answers, combination, kinds))
         report(len(combinations), steps, f"parity {target.name} {scheme} on evaluation data")
-        metric, failure = _evaluate(recipe, run, answers, kinds)
+        metric, failure = _evaluate(recipe, padding.in_parts(run, engine.signature()), answers, kinds)
     report(steps, steps, f"parity {target.name} {scheme}")
-    reasons = [*_judge(sizes, target, scheme), *_judge_metric(recipe, metric), *failure]
+    minds = {_spell(one): text for one in combinations if (text := _minds_padding(engine, among, answers, one, kinds))}
+    reasons = [*minds.values(), *_judge(sizes, minds, target, scheme), *_judge_metric(recipe, metric), *failure]
     found = ParityReport(
         recipe=recipe.name,
         target=target.name,
@@ -88,6 +96,35 @@ def _at(
         return SizeParity(sizes=sizes, error=error.message)
     except Exception as error:  # a backend's runtime may raise anything; whatever it is, it is the result
         return SizeParity(sizes=sizes, error=_first_line(error))
+
+
+def _minds_padding(
+    engine: Stored, among: Sequence[Bucket], answers: Answers, sizes: Sizes, kinds: Mapping[str, OutputKind]
+) -> str | None:
+    """Why the model itself answers something else when inputs of these sizes are padded to their bucket, or None."""
+    signature, bucket = engine.signature(), buckets.smallest(among, sizes)
+    grows = {name: size for name, size in (bucket.sizes if bucket else {}).items() if sizes[name] < size}
+    if not grows or _padded(signature, answers, sizes, grows, kinds) is None:
+        return None
+    # one axis alone is to blame, as a rule
+    blame = next((one for one in grows if _padded(signature, answers, sizes, {one: grows[one]}, kinds)), None)
+    grown = {blame: grows[blame]} if blame is not None else grows
+    said = " and ".join(f"`{name}` from {sizes[name]} to {size}" for name, size in grown.items())
+    return (
+        f"padding {said} changes the answer, of eager fp32 already: {_padded(signature, answers, sizes, grown, kinds)}"
+    )
+
+
+def _padded(
+    signature: Signature, answers: Answers, sizes: Sizes, grown: Sizes, kinds: Mapping[str, OutputKind]
+) -> str | None:
+    """How far the program's answers are from its own when some axes are padded; None where they are the same."""
+    whole = padding.padded(answers.feeds(sizes), signature, {**sizes, **grown})
+    try:
+        found = compare.distances(answers.eager(sizes), padding.cut(answers.ask(whole), signature, sizes), kinds)
+    except Exception as error:  # torch's own: padding may be what the model can't take at all
+        return _first_line(error)
+    return "; ".join(text for one in found for text in compare.violations(one, SAME)) or None
 
 
 def _evaluate(
@@ -123,10 +160,12 @@ def _pool(name: str, kinds: Mapping[str, OutputKind], reference: list[Outputs], 
     return compare.pooled(name, [one[name] for one in reference], [one[name] for one in found], kinds[name])
 
 
-def _judge(sizes: list[SizeParity], target: Target, scheme: Scheme) -> list[str]:
-    """Where the engine isn't the graph that it came from: at most one line a size."""
+def _judge(sizes: list[SizeParity], known: Collection[str], target: Target, scheme: Scheme) -> list[str]:
+    """Where the engine isn't the graph that it came from: at most one line a size, none for those in `known`."""
     reasons = []
     for one in sizes:
+        if _spell(one.sizes) in known:
+            continue
         if one.error is not None:
             reasons.append(f"fails at {_spell(one.sizes)}: {one.error}")
             continue

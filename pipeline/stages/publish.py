@@ -12,9 +12,19 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from safetensors.numpy import save_file
 
-from pipeline import backends, compare, digest, manifest, reference, samples
+from pipeline import backends, buckets, compare, digest, manifest, padding, reference, samples
 from pipeline.errors import ReleaseError, StoreError
-from pipeline.manifest import Engine, Golden, Latency, LatencyLine, Manifest, ParitySummary, ReleaseFile
+from pipeline.manifest import (
+    Bucket,
+    Engine,
+    Golden,
+    Latency,
+    LatencyLine,
+    Manifest,
+    ParitySummary,
+    ReleaseFile,
+    Selector,
+)
 from pipeline.store import Stored
 from pipeline.types import Axis, Chosen, Distance, ParityReport, Recipe, Runner, Tolerance, Tried
 
@@ -121,9 +131,9 @@ def _keyed(feeds: Mapping[str, Mapping[str, Array]], expected: Mapping[str, Mapp
 def _engine(
     item: Chosen, feeds: Mapping[str, Mapping[str, Array]], expected: Mapping[str, Mapping[str, Array]], out: Path
 ) -> Engine:
-    folder = f"engines/{item.target.name}"
+    folder = manifest.folder_of(item.target.name)
     files = tuple(
-        _copy(item.engine.file(name), out, ReleaseFile(path=f"{folder}/{name}", **fact.model_dump()))
+        _copy(item.engine.file(name), out, ReleaseFile(path=folder + name, **fact.model_dump()))
         for name, fact in sorted(item.engine.artifact.files.items())
     )
     parity = summary(item.parity)
@@ -137,6 +147,26 @@ def _engine(
         parity=parity,
         latency=_latency(item),
         golden=bounds(worst([*parity.vs_eager, *found]), expected.values()),
+        selector=_selector(item),
+    )
+
+
+def _selector(item: Chosen) -> Selector | None:
+    found = buckets.of(item.engine)
+    if not found:
+        return None
+    folder = manifest.folder_of(item.target.name)
+    return Selector(
+        axes=item.engine.signature().axes,
+        buckets=tuple(
+            Bucket(
+                sizes=one.sizes,
+                files=tuple(
+                    f"{folder}{one.folder}/{name}" for name in sorted(buckets.part(item.engine, one).artifact.files)
+                ),
+            )
+            for one in found
+        ),
     )
 
 
@@ -169,12 +199,17 @@ def _described(out: Path, name: str) -> ReleaseFile:
 def _measured(
     item: Chosen, feeds: Mapping[str, Mapping[str, Array]], expected: Mapping[str, Mapping[str, Array]]
 ) -> Iterable[tuple[Distance, ...]]:
-    """Distances of the engine from the golden outputs, case by case; none where this host can't run it."""
+    """Distances of the engine from the golden outputs, case by case, as far as it serves their sizes.
+
+    None where this host can't run it.
+    """
     if backends.find(item.target.backend).not_runnable(item.target) is not None:
         return []
-    kinds = {spec.name: spec.kind for spec in item.engine.signature().outputs}
+    signature = item.engine.signature()
+    kinds = {spec.name: spec.kind for spec in signature.outputs}
+    served = {case: arrays for case, arrays in feeds.items() if padding.fits(arrays, signature)}
     with backends.loaded(item.engine, item.target) as run:
-        return [compare.distances(expected[case], _run(run, arrays), kinds) for case, arrays in feeds.items()]
+        return [compare.distances(expected[case], _run(run, arrays), kinds) for case, arrays in served.items()]
 
 
 def _run(run: Runner, arrays: Mapping[str, Array]) -> dict[str, Array]:

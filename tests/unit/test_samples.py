@@ -73,7 +73,7 @@ def test_combinations_stay_in_range_and_have_both_ends(low, middle, high):
     }
     inputs = [{"name": "x", "dtype": "float32", "shape": ["batch", "seq"]}]
     recipe = recipe_in(".", axes=axes, inputs=inputs)
-    found = samples.combinations(recipe)
+    found = samples.combinations(recipe.axes)
     assert len({tuple(sizes.values()) for sizes in found}) == len(found)
     for name, axis in recipe.axes.items():
         sizes = {one[name] for one in found}
