@@ -27,11 +27,9 @@ from typing import Any
 sys.path.pop(0)  # run as a script, this folder is first on it, where the library `tvm` would be this file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import onnx
-
 from benchmarks import architectures
 from benchmarks import side_by_side as sides
-from pipeline import backends, run, samples, store
+from pipeline import backends, fixing, run, samples, store
 from pipeline.errors import NotApplicable
 from pipeline.job import Job
 from pipeline.stages.benchmark import timed_threads
@@ -100,22 +98,8 @@ def graph(job: Job, scheme: Scheme, fixed: bool, folder: Path) -> Stored:
     if reason is not None:
         raise NotApplicable(reason)
     found = job.onnx(scheme).stored
-    return found if not fixed else store.make(folder, Key("onnx"), partial(_fix, job, found)).stored
-
-
-def _fix(job: Job, source: Stored, out: Path) -> dict[str, Any]:
-    model = onnx.load(source.file("model.onnx"))
     opt = {name: axis.opt for name, axis in job.recipe.axes.items()}
-    for value in model.graph.input:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in opt:
-                dim.dim_value = opt[dim.dim_param]
-    for value in model.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    del model.graph.value_info[:]
-    onnx.save(onnx.shape_inference.infer_shapes(model), out / "model.onnx")
-    (out / "signature.json").write_bytes(source.file("signature.json").read_bytes())
-    return {}
+    return fixing.fixed(found, "onnx", opt, folder) if fixed else found
 
 
 def make(model: Stored, target: Target, scheme: Scheme, folder: Path) -> Built:
