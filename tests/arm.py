@@ -1,6 +1,14 @@
 """What tests of engines for other machines share."""
 
+import contextlib
+import os
+import signal
+import socket
 import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,3 +40,24 @@ def row(machine: str = "aarch64", arch: str = "cortex-a72", platform: str = "lin
         "vs_onnx": {"fp32": Tolerance(max_over_peak=1e-4)},
     }
     return Target.model_validate(table | changes)
+
+
+@contextlib.contextmanager
+def board() -> Iterator[int]:
+    """TVM's own RPC server, as a board would run it; its port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tvm.exec.rpc_server", "--host", "127.0.0.1", "--port", str(port)]
+    log = subprocess.DEVNULL
+    process = subprocess.Popen([*command, "--port-end", str(port + 1)], stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.2)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # its worker would outlive it
+        process.wait()

@@ -12,6 +12,7 @@ from pipeline.store import Key
 from pipeline.types import Target, Tolerance
 from pipeline.workspace import Workspace
 from tests import small, workspaces
+from tests.arm import board, needs_emulator
 
 ROOT = Path(__file__).parents[2]
 CASES = [("echo", {"reference": True}), ("onnxruntime", {}), ("eager", {}), ("tvm", {}), ("tvm", {"import": "program"})]
@@ -294,3 +295,37 @@ def test_tvm_serves_buckets(texts):
     ]
     assert verdict.audits["fp32"].int8_share == 0
     assert verdict.audits["fp32"].sizes == {"batch": 2, "seq": 4}
+
+
+BOARD = """
+    [targets.board-tvm]
+    backend = "tvm"
+    platform = "linux"
+    machine = "{machine}"
+    arch = "{arch}"
+    schemes = ["fp32"]
+    buckets = {{ batch = [1, 3] }}
+    vs_onnx = {{ fp32 = {{ max_over_peak = 1e-4 }} }}
+"""
+
+
+@pytest.mark.slow
+def test_a_board_runs_one_bucket_at_a_time(tmp_path):
+    buildable(row("tvm", {}, None))
+    with board() as port:
+        rows = BOARD.format(machine="x86_64", arch="x86-64-v3") + f'    device.rpc = "127.0.0.1:{port}"\n'
+        found = exported(workspaces.tiny(tmp_path, rows=rows), "board-tvm")
+
+    assert found.status == "passed", found.reason
+    assert {one.sizes["batch"] for one in found.parity.sizes} == {1, 2, 3}
+    assert {one.sizes["batch"] for one in found.latency.rows} == {1, 2}
+    assert all(0 < one.engines["fp32"].median_ms < 1000 for one in found.latency.rows)
+
+
+@needs_emulator
+@pytest.mark.slow
+def test_an_emulator_runs_buckets(tmp_path):
+    found = exported(workspaces.tiny(tmp_path, rows=BOARD.format(machine="aarch64", arch="cortex-a72")), "board-tvm")
+
+    assert found.status == "passed", found.reason
+    assert {one.sizes["batch"] for one in found.parity.sizes} == {1, 2, 3}

@@ -1,14 +1,8 @@
 """Engines for other machines: built here, run under an emulator or on a board behind TVM's RPC."""
 
-import contextlib
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +15,7 @@ from pipeline.stages.build import build
 from pipeline.store import Key
 from pipeline.workspace import Workspace
 from tests import small, workspaces
-from tests.arm import machine_of, needs_emulator, row
+from tests.arm import board, machine_of, needs_emulator, row
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
@@ -108,27 +102,6 @@ def test_weights_beside_the_library_make_no_difference(tmp_path, model):
     assert "weights.params" in engines[1].artifact.files
     for name, found in answers(engines[1], beside, feeds).items():
         np.testing.assert_array_equal(found, answers(engines[0], inside, feeds)[name])
-
-
-@contextlib.contextmanager
-def board():
-    """TVM's own RPC server, as a board would run it; its port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tvm.exec.rpc_server", "--host", "127.0.0.1", "--port", str(port)]
-    log = subprocess.DEVNULL
-    process = subprocess.Popen([*command, "--port-end", str(port + 1)], stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                break
-            time.sleep(0.2)
-        yield port
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its worker would outlive it
-        process.wait()
 
 
 def tiny(root, rows):
