@@ -9,10 +9,11 @@ import tvm
 from tvm import relax
 
 from pipeline import tvm_math
-from pipeline.tvm_integer import integer_contractions, quantising
+from pipeline.tvm_integer import integer_contractions
 from pipeline.tvm_layout import channels_last
 from pipeline.tvm_nests import Registers
 from pipeline.tvm_passes import clipped_lookups, sorted_shape_functions
+from pipeline.tvm_rounding import rounded_at_once
 from pipeline.tvm_schedules import RULE
 from pipeline.tvm_schedules import scheduled as by_rule
 
@@ -31,7 +32,9 @@ def scheduled(module: Any, where: Any, registers: Registers) -> Any:
         transform.CanonicalizeBindings(),
         transform.Normalize(),
         transform.FoldConstant(),
-        transform.LegalizeOps(quantising()),
+        rounded_at_once(),
+        transform.DeadCodeElimination(["main"]),
+        transform.LegalizeOps(),
         relax.get_pipeline("zero"),
         transform.AttachAttrLayoutFreeBuffers(),
         by_rule(registers),

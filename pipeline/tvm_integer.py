@@ -9,17 +9,17 @@ the quantisation of the result become the epilogue of the same loop nest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tvm
 from numpy.typing import NDArray
-from tvm import relax, te, tirx, topi
+from tvm import relax, te, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from pipeline.tvm_dots import DEPTH, ROWS, Dot
+from pipeline.tvm_dots import DEPTH, ROWS, Dot, byte, word
 from pipeline.tvm_layout import constant
 
 
@@ -101,10 +101,19 @@ class _Integer(PyExprMutator):  # type: ignore[misc]  # tvm ships no types
         return self._scaled(_product_of(weight.shape, self.dot), left, right, packed, weight.sum(0, dtype=np.int32))
 
     def _convolution(self, call: Any, left: _Quantised, right: _Quantised, weight: NDArray[np.int8]) -> Any:
-        if int(call.attrs.groups) != 1 or str(call.attrs.data_layout) != "NHWC":
+        if str(call.attrs.data_layout) != "NHWC":
             return call
+        if int(call.attrs.groups) != 1:
+            return self._depthwise(call, left, right, weight)
         packed = pack(weight, self.dot.lanes)
         compute = _convolution_of(weight.shape, call.attrs, int(left.zero), self.dot)
+        return self._scaled(compute, left, right, packed, weight.sum((0, 1, 2), dtype=np.int32))
+
+    def _depthwise(self, call: Any, left: _Quantised, right: _Quantised, weight: NDArray[np.int8]) -> Any:
+        if weight.shape[2:] != (1, int(call.attrs.groups)):
+            return call
+        packed = pack_depthwise(weight, self.dot.lanes)
+        compute = _depthwise_of(weight.shape, call.attrs, int(left.zero), self.dot)
         return self._scaled(compute, left, right, packed, weight.sum((0, 1, 2), dtype=np.int32))
 
     def _scaled(
@@ -230,24 +239,57 @@ def _convolution_of(shape: tuple[int, ...], attributes: Any, zero: int, dot: Dot
     return compute
 
 
-def quantising() -> Mapping[str, Callable[[Any, Any], Any]]:
-    """How `quantize` becomes loops where its scale is one number: TVM's own rounds halves away from zero, slowly."""
-    default = tvm.ir.Op.get("relax.quantize").get_attr("FLegalize")
+def _depthwise_of(shape: tuple[int, ...], attributes: Any, zero: int, dot: Dot) -> Callable[..., Any]:
+    """Channels last, each with a kernel of its own: what four rows of it read is put into one int32 for each channel.
 
-    def quantize(builder: Any, call: Any) -> Any:
-        scale, zero = constant(call.args[1]), constant(call.args[2])
-        if scale is None or zero is None or scale.size != 1 or str(call.attrs.out_dtype) not in ("int8", "uint8"):
-            return default(builder, call)
-        ends = np.iinfo(str(call.attrs.out_dtype))
-        inverse, offset = float(1 / scale.astype(np.float32).item()), float(zero.item())
+    A word of a column serves every place of the kernel over that column.
+    """
+    kernel_y, kernel_x, _, columns = shape
+    step_y, step_x = (int(one) for one in attributes.strides)
+    wide_y, wide_x = (int(one) for one in attributes.dilation)
+    top, west, bottom, east = (int(one) for one in attributes.padding)
+    groups, wide = _up(kernel_y, DEPTH) // DEPTH, _up(columns, dot.lanes)
 
-        def compute(data: te.Tensor) -> te.Tensor:
-            steps = te.compute(
-                data.shape, lambda *at: tirx.nearbyint(data(*at) * tirx.const(inverse, "float32")) + offset
-            )
-            inside = topi.clip(steps, float(ends.min), float(ends.max))
-            return topi.cast(inside, str(call.attrs.out_dtype))
+    def compute(left: te.Tensor, weight: te.Tensor) -> te.Tensor:
+        batch, height, width, _ = left.shape
+        broad = width + west + east
+        rows = (height + top + bottom - (kernel_y - 1) * wide_y - 1) // step_y + 1
+        across = (broad - (kernel_x - 1) * wide_x - 1) // step_x + 1
 
-        return builder.call_te(compute, call.args[0], primfunc_name_hint="quantize")
+        def inside(n: Any, y: Any, x: Any, c: Any) -> Any:
+            within = [y >= 0] * (top > 0) + [y < height] * (bottom > 0)
+            within += [x >= 0] * (west > 0) + [x < width] * (east > 0) + [c < columns] * (wide > columns)
+            value = left[n, y, x, c]
+            return tirx.if_then_else(tirx.all(*within), value, tirx.const(zero, dot.left)) if within else value
 
-    return {"relax.quantize": quantize}
+        def four(n: Any, y: Any, x: Any, g: Any, c: Any) -> Any:
+            # rows beyond the kernel have weights of zero: any that is there will do
+            places = [tirx.min(g * DEPTH + k, kernel_y - 1) for k in range(min(DEPTH, kernel_y))]
+            return word([inside(n, y * step_y + one * wide_y - top, x - west, c) for one in places])
+
+        words = te.compute((batch, rows, broad, groups, wide), four, name="words")
+        kx, g = te.reduce_axis((0, kernel_x), name="kx"), te.reduce_axis((0, groups), name="g")
+        k = te.reduce_axis((tirx.IntImm("int64", 0), tirx.IntImm("int64", DEPTH)), name="k")
+        found = te.compute(
+            (batch, rows, across, wide),
+            lambda n, y, x, o: te.sum(
+                byte(words[n, y, x * step_x + kx * wide_x, g, o], k.astype("int32"), dot.left)
+                * weight[o // dot.lanes, kx, g, o % dot.lanes, k].astype("int32"),
+                axis=[kx, g, k],
+            ),
+            name="dot",
+        )
+        if wide == columns:
+            return found
+        return te.compute((batch, rows, across, columns), lambda *at: found(*at), name="cut")
+
+    return compute
+
+
+def pack_depthwise(weight: NDArray[np.int8], lanes: int) -> NDArray[np.int8]:
+    """[height, width, 1, channels] as [channels / lanes, width, height / 4, lanes, 4], zeros at the ends."""
+    height, width, _, channels = weight.shape
+    full = np.zeros((_up(height, DEPTH), width, _up(channels, lanes)), np.int8)
+    full[:height, :, :channels] = weight[:, :, 0]
+    parts = full.reshape(full.shape[0] // DEPTH, DEPTH, width, full.shape[2] // lanes, lanes)
+    return np.ascontiguousarray(parts.transpose(3, 2, 0, 4, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.tvm_dots import DEPTH, ROWS, Dot, intrinsic
+from pipeline.tvm_dots import DEPTH, ROWS, Dot, intrinsic, lanes_intrinsic
 from pipeline.tvm_nests import (
     Chooser,
     DoesNotFit,
@@ -29,8 +29,12 @@ def integer_contraction(schedule: Any, registers: Registers, choose: Chooser) ->
     dot = registers.dot
     if dot is None or not any(schedule.get(block).name_hint == "dot" for block in blocks(schedule)):
         raise DoesNotFit
-    inline(schedule, frozenset({"padded"}))
+    inline(schedule, frozenset({"padded", "words"}))
     block = schedule.get_sblock("dot")
+    makers = schedule.get_producers(block)
+    if any(schedule.get(maker).name_hint == "words" for maker in makers):
+        _depthwise(schedule, block, registers, dot)
+        return
     spatial, summed = split_axes(schedule, block)
     row = row_axis(schedule, spatial)
     height, width = _integer_tile(schedule, spatial, row, dot)
@@ -72,3 +76,27 @@ def _integer_tile(schedule: Any, spatial: list[Any], row: int | None, dot: Dot) 
         if tall % height == 0 and wide % width == 0 and height * width <= room
     ]
     return max(found, key=lambda tile: (tile[0] * tile[1] / (tile[0] + tile[1]), tile))
+
+
+def _depthwise(schedule: Any, block: Any, registers: Registers, dot: Dot) -> None:
+    """For each row of the result first all words, while what they are made of is in the cache, then the sums."""
+    (words,) = schedule.get_producers(block)
+    after = schedule.get_consumers(block)
+    finish = after[0] if after else schedule.cache_write(block, 0, "global")
+    (batch, y, x, columns), (kx, group, four) = split_axes(schedule, block)
+    across = extent_of(schedule, x) or 1
+    room = INTEGER_ACCUMULATORS[dot.lanes]
+    columns, column = schedule.split(columns, [None, dot.lanes])
+    tiles, one = schedule.split(x, [None, max(height for height in range(1, room + 1) if across % height == 0)])
+    schedule.reorder(batch, y, columns, tiles, kx, group, one, column, four)
+    schedule.reverse_compute_at(finish, tiles, preserve_unit_loops=True)
+    vectorise(schedule, schedule.get_loops(finish)[-1], registers)
+    schedule.compute_at(words, y, preserve_unit_loops=True)
+    vectorise(schedule, schedule.get_loops(words)[-1], registers)
+    schedule.parallel(schedule.fuse(batch, y))
+    begin = schedule.decompose_reduction(block, kx)
+    schedule.tensorize(column, lanes_intrinsic(dot))
+    start = schedule.get_loops(begin)
+    schedule.vectorize(start[-1])
+    for loop in (kx, one, *start[3:-1]):
+        schedule.unroll(loop)

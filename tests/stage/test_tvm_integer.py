@@ -85,6 +85,21 @@ def pictures(channels, batch="batch"):
     return one.model([batch, channels, 14, 14], mean)
 
 
+def depthwise(channels, kernel, step=1, wide=1, activations=np.uint8, batch="batch"):
+    """A kernel for each channel, a clip, and once more, so that integers go from one to the other."""
+    one = Writer(activations)
+    found = one.rounded("x", 0.02, 120 if activations is np.uint8 else -3)
+    bounds = one.constant(np.float32(0)), one.constant(np.float32(6))
+    for zero in (0, 1):
+        weight, bias = one.weight(channels, 1, *kernel), one.bias(channels)
+        pads = [size // 2 for size in kernel] * 2
+        found = one.node(
+            "Conv", found, weight, bias, group=channels, pads=pads, strides=[step] * 2, dilations=[wide] * 2
+        )
+        found = one.rounded(one.node("Clip", found, *bounds), 0.02, zero)
+    return one.model([batch, channels, 15, 13], one.node("Relu", found))
+
+
 def scheduled(model, cpu):
     with tvm_import._import_of_a_model(io.StringIO()):
         module = from_onnx(model, keep_params_in_input=False)
@@ -107,8 +122,10 @@ def assert_same(model, shapes, integers):
     for shape in shapes:
         feed = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
         want, found = as_written(model, feed), machine["main"](tvm.runtime.tensor(feed)).numpy()
-        # a value on the edge between two steps may fall on either side, which the mean of few pixels shows
-        np.testing.assert_allclose(found, want, rtol=1e-4, atol=2e-3 * np.abs(want).max())
+        far = np.abs(found - want) / np.abs(want).max()
+        # a value on the edge between two steps may fall on either side, and others read it
+        assert (far > 2e-3).mean() < 2e-3
+        assert far.max() < 0.02
 
 
 @needs_vnni
@@ -121,6 +138,16 @@ def test_products_over_dynamic_axes(depth, columns):
 @pytest.mark.parametrize("batch", ["batch", 2], ids=["dynamic", "static"])
 def test_convolutions_and_what_follows_them(batch):
     assert_same(pictures(3, batch), [(2, 3, 14, 14)], integers=3)
+
+
+@needs_vnni
+@pytest.mark.parametrize(
+    ("channels", "kernel", "step", "wide"),
+    [(32, (3, 3), 1, 1), (24, (3, 3), 2, 1), (16, (5, 5), 1, 1), (16, (3, 3), 1, 2), (16, (1, 7), 1, 1)],
+)
+@pytest.mark.parametrize("batch", ["batch", 2], ids=["dynamic", "static"])
+def test_a_kernel_for_each_channel(channels, kernel, step, wide, batch):
+    assert_same(depthwise(channels, kernel, step, wide, batch=batch), [(2, channels, 15, 13)], integers=2)
 
 
 @needs_vnni
@@ -137,9 +164,11 @@ def test_what_follows_a_contraction_is_done_in_its_loop_nest():
     ("cpu", "activations", "instruction"),
     [("cascadelake", np.uint8, "vpdpbusd"), ("neoverse-n1", np.int8, "sdot")],
 )
-def test_instructions_of_each_processor(cpu, activations, instruction):
-    module, where = scheduled(product(24, 48, activations), cpu)
-    assert tvm_compile.integer_contractions_of(module) == 1
+@pytest.mark.parametrize("model", ["product", "depthwise"])
+def test_instructions_of_each_processor(cpu, activations, instruction, model):
+    made = product(24, 48, activations) if model == "product" else depthwise(16, (3, 3), activations=activations)
+    module, where = scheduled(made, cpu)
+    assert tvm_compile.integer_contractions_of(module) == {"product": 1, "depthwise": 2}[model]
 
     (machine_code,) = tvm_compile.compiled(module, where).mod.imports
 
