@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Work = Callable[[Path], Mapping[str, JsonValue]]
 NOT_APPLICABLE = "not-applicable.json"
 SEARCH = "search.json"
+TUNING = Path("targets/tuning")  # records of tuning, for all recipes; in git
 STATIC_SCHEMES: frozenset[Scheme] = frozenset({"int8-u8s8", "int8-s8s8", "int8-u8u8"})
 
 
@@ -272,6 +273,38 @@ class Job:
         """Why this host can't run engines of `target`, or None if it can."""
         return backends.find(target.backend).not_runnable(target)
 
+    def tunes(self, target: Target) -> bool:
+        """Whether the row asks for tuning, and its backend can do that."""
+        return backends.tuning_file(target) is not None
+
+    def tuning(self, target: Target, scheme: Scheme) -> Made:
+        """The schedules that were found to be the fastest ones, for a row that `tunes`.
+
+        Raises:
+            UnavailableError: there is something to measure, and this host can't run it.
+        """
+        shared = self.workspace.root / TUNING / str(backends.tuning_file(target))
+
+        def key() -> Key:
+            inputs = {"model": _content(self._source(target, scheme))}
+            # a row that measures adds to the records itself, and must not become stale by that
+            if target.options["tune"] == "cached" and shared.is_file():
+                inputs["records"] = digest.of_file(shared)
+            return Key("tuning", inputs, *_build_settings(target))
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline.stages.tune import tune
+
+            model = self._source(target, scheme).stored
+            return tune(backends.tuner(target.backend), model, target, shared, out, self.report)
+
+        return self._make(f"tuning/{target.name}/{scheme}", key, work)
+
+    def _source(self, target: Target, scheme: Scheme) -> Made:
+        """What the row's backend builds from."""
+        source = backends.find(target.backend).source(target)
+        return self.program() if source == "program" else self.onnx(scheme)
+
     def engine(self, target: Target, scheme: Scheme) -> Made:
         """The engine of one target in one numeric form.
 
@@ -281,23 +314,17 @@ class Job:
         """
 
         def key() -> Key:
-            backend = backends.find(target.backend)
-            source = self.program() if backend.source(target) == "program" else self.onnx(scheme)
-            config = target.model_dump(mode="json", include={"backend", "platform", "machine", "arch", "options"})
-            # how the graph was found doesn't decide what is built from it
-            files = {name: fact.sha256 for name, fact in source.stored.artifact.files.items() if name != SEARCH}
-            tools = dict(backend.tools(target))
-            if target.buckets is not None:
-                config["buckets"] = {axis: [*sizes] for axis, sizes in target.buckets.items()}
-                tools |= host.versions(["torch" if backend.source(target) == "program" else "onnx"])
-            return Key("engine", {"model": digest.of_json(files)}, config | {"scheme": scheme}, tools)
+            inputs = {"model": _content(self._source(target, scheme))}
+            if self.tunes(target):
+                inputs["tuning"] = _content(self.tuning(target, scheme))
+            config, tools = _build_settings(target)
+            return Key("engine", inputs, config | {"scheme": scheme}, tools)
 
         def work(out: Path) -> Mapping[str, JsonValue]:
             from pipeline.stages.build import build
 
-            backend = backends.find(target.backend)
-            source = self.program() if backend.source(target) == "program" else self.onnx(scheme)
-            return build(source.stored, target, scheme, out)
+            tuning = self.tuning(target, scheme).stored.path if self.tunes(target) else None
+            return build(self._source(target, scheme).stored, target, scheme, out, tuning)
 
         reason = self.missing(target)
         if reason is not None:
@@ -434,6 +461,23 @@ def _copy(source: Path, out: Path) -> Mapping[str, JsonValue]:
         checkpoint.read(source)  # one that can't be read must not take the place of one that could
     shutil.copyfile(source, out / f"model{source.suffix}")
     return {"source": source.name}
+
+
+def _content(made: Made) -> str:
+    """What an artifact's files are, but for how a graph was found, which doesn't decide what is built from it."""
+    files = made.stored.artifact.files
+    return digest.of_json({name: fact.sha256 for name, fact in files.items() if name != SEARCH})
+
+
+def _build_settings(target: Target) -> tuple[dict[str, JsonValue], dict[str, str]]:
+    """What of a row, and which versions, decide its engines."""
+    backend = backends.find(target.backend)
+    config = target.model_dump(mode="json", include={"backend", "platform", "machine", "arch", "options"})
+    tools = dict(backend.tools(target))
+    if target.buckets is not None:
+        config["buckets"] = {axis: [*sizes] for axis, sizes in target.buckets.items()}
+        tools |= host.versions(["torch" if backend.source(target) == "program" else "onnx"])
+    return config, tools
 
 
 def _place(target: Target) -> dict[str, JsonValue]:

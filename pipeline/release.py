@@ -210,7 +210,11 @@ def _target_steps(job: Job, target: Target, code: list[str]) -> list[Step]:
     schemes: list[Scheme] = [scheme for scheme in target.schemes if f"onnx/{scheme}" in job.made]
     graphs = [_out(name, f"onnx/{scheme}") for scheme in schemes]
     row = {"targets/targets.toml": (f"targets.{target.name}",)}
-    found = [_step(job, f"engine/{target.name}", [*graphs, _out(name, "program")], row)]
+    sources, found = [*graphs, _out(name, "program")], []
+    if any(step.startswith(f"tuning/{target.name}/") for step in job.made):
+        found.append(_step(job, f"tuning/{target.name}", sources, row))
+        sources.append(_out(name, f"tuning/{target.name}"))
+    found.append(_step(job, f"engine/{target.name}", sources, row))
     if any(step.startswith(f"parity/{target.name}/") for step in job.made):
         inputs = [_out(name, f"engine/{target.name}"), *graphs, _out(name, "program"), _out(name, "data"), *code]
         found.append(_step(job, f"parity/{target.name}", inputs, row))

@@ -24,7 +24,7 @@ from pipeline.types import Audit, Chosen, LatencyReport, ParityReport, Reporter,
 from pipeline.workspace import Workspace
 
 LONG_S = 4.0
-PER_TARGET = ("engine", "parity", "audit", "latency")
+PER_TARGET = ("tuning", "engine", "parity", "audit", "latency")
 Status = Literal["passed", "failed", "not built here", "not verified"]
 
 
@@ -178,6 +178,8 @@ def candidates(job: Job, target: Target, watch: Watcher = ignore) -> tuple[list[
             if reason is not None:
                 left_out[scheme] = reason
                 continue
+            if job.tunes(target):
+                timed(f"tuning/{target.name}/{scheme}", partial(job.tuning, target, scheme), watch)
             timed(f"engine/{target.name}/{scheme}", partial(job.engine, target, scheme), watch)
             built.append(scheme)
         except (BuildError, errors.ConversionError) as error:
@@ -343,6 +345,8 @@ def _look_at_candidate(job: Job, target: Target, scheme: Scheme) -> list[StepSta
         found.append(graph)
         if graph.fresh and job.left_out(scheme) is not None:
             return found
+    if job.tunes(target):
+        found.append(_look(job, f"tuning/{target.name}/{scheme}", lambda: job.tuning(target, scheme)))
     found.append(_look(job, f"engine/{target.name}/{scheme}", lambda: job.engine(target, scheme)))
     if job.not_runnable(target) is None:
         found.append(_look(job, f"parity/{target.name}/{scheme}", lambda: job.parity(target, scheme)))
@@ -410,7 +414,7 @@ def _make_for_target(job: Job, kind: str, target: Target, watch: Watcher) -> Non
         raise BuildError(f"`{target.name}`: {'; '.join(left_out.values())}", hint="`exportyard export` tells more")
     if kind == "audit":
         audit(job, target, built, watch)
-    elif kind != "engine":
+    elif kind not in ("tuning", "engine"):
         parities = compare(job, target, built, left_out, watch)
         if kind == "latency":
             judge(job, target, parities, left_out, watch)

@@ -11,15 +11,15 @@ from tvm import relax
 from pipeline import tvm_math
 from pipeline.tvm_integer import integer_contractions
 from pipeline.tvm_layout import channels_last
-from pipeline.tvm_nests import Registers
+from pipeline.tvm_nests import Chooser, Registers, as_the_rule
 from pipeline.tvm_passes import clipped_lookups, sorted_shape_functions
 from pipeline.tvm_rounding import rounded_at_once
 from pipeline.tvm_schedules import RULE
 from pipeline.tvm_schedules import scheduled as by_rule
 
 
-def scheduled(module: Any, where: Any, registers: Registers) -> Any:
-    """Every loop nest of `module` (Relax) as it shall run on `where`; weights in the order that they are read in."""
+def lowered(module: Any, where: Any, registers: Registers) -> Any:
+    """`module` (Relax) as fused loop nests that no one has scheduled."""
     transform = relax.transform
     tvm_math.install()
     passes = [
@@ -37,15 +37,27 @@ def scheduled(module: Any, where: Any, registers: Registers) -> Any:
         transform.LegalizeOps(),
         relax.get_pipeline("zero"),
         transform.AttachAttrLayoutFreeBuffers(),
-        by_rule(registers),
+    ]
+    return _passed(clipped_lookups(module), passes, where)
+
+
+def scheduled(module: Any, where: Any, registers: Registers, choose: Chooser = as_the_rule) -> Any:
+    """Every loop nest of a lowered module as it shall run on `where`; weights in the order that they are read in."""
+    transform = relax.transform
+    passes = [
+        by_rule(registers, choose),
         # constants that the schedules want in another layout get it now, not at every call
         transform.SplitLayoutRewritePreproc(),
         transform.FoldConstant(),
         transform.DeadCodeElimination(["main"]),
     ]
+    return _passed(module, passes, where)
+
+
+def _passed(module: Any, passes: list[Any], where: Any) -> Any:
     with where, tvm.transform.PassContext(opt_level=3), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return tvm.transform.Sequential(passes)(clipped_lookups(module))
+        return tvm.transform.Sequential(passes)(module)
 
 
 def integer_contractions_of(module: Any) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import BuildError, StoreError
-from pipeline.types import Signature, Target
+from pipeline.types import Signature, Sizes, Target
 
 if TYPE_CHECKING:
     from pipeline.store import Stored
@@ -33,6 +33,13 @@ def imported(model: Stored, target: Target, source: Literal["onnx", "program"]) 
     module = _from_program(model, target) if source == "program" else _from_onnx(model, target)
     _check_inputs(module, model.signature(), target)
     return module
+
+
+def at_sizes(module: Any, sizes: Sizes) -> Any:
+    """An imported module with its dynamic axes bound to sizes."""
+    from tvm import relax
+
+    return relax.transform.BindSymbolicVars(dict(sizes))(module) if sizes else module
 
 
 def activations(model: Stored) -> str | None:

@@ -89,11 +89,10 @@ def _contraction(schedule: Any, registers: Registers, choose: Chooser) -> None:
     block = reducing(schedule)
     _require_unit_stride(schedule, block)
     spatial, _ = split_axes(schedule, block)
-    width = _tile_width(extent_of(schedule, spatial[-1]), registers)
     row = row_axis(schedule, spatial)
-    height = _tile_height(schedule, spatial, row, width, registers)
     choices = _tiles(schedule, spatial, row, registers)
-    height, width, order = choose(schedule, block, choices, (height, width, PANELS_FIRST))
+    rule = (*_tile_by_rule(schedule, spatial, row, choices, registers), PANELS_FIRST)
+    height, width, order = choose(schedule, block, choices, rule)
     unknown_rows = row is not None and extent_of(schedule, spatial[row]) is None
     if unknown_rows or extent_of(schedule, spatial[-1]) is None:
         block = _pad(schedule, block, row, height, width)
@@ -113,6 +112,24 @@ def _require_unit_stride(schedule: Any, block: Any) -> None:
         raise DoesNotFit
     if not (isinstance(last, tirx.Var) and last.same_as(spatial[-1].var)):
         raise DoesNotFit
+
+
+def _tile_by_rule(
+    schedule: Any, spatial: list[Any], row: int | None, choices: list[Choice], registers: Registers
+) -> tuple[int, int]:
+    """Height and width of the tile that multiplies most for each value that it loads."""
+    columns = extent_of(schedule, spatial[-1])
+    if columns is None or not choices:
+        width = _tile_width(columns, registers)
+        return _tile_height(schedule, spatial, row, width, registers), width
+
+    def worth(tile: Choice) -> tuple[float, int]:
+        height, vectors = tile[0], tile[1] // registers.lanes
+        return height * vectors / (height + vectors), -vectors
+
+    held = [tile for tile in choices if tile[0] * tile[1] <= registers.accumulators * registers.lanes]
+    height, width, _ = max(held, key=worth)
+    return height, width
 
 
 def _tile_width(extent: int | None, registers: Registers) -> int:

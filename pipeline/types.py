@@ -28,7 +28,9 @@ Scheme = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8-u8s8", "int8-s8s8
 """A numeric form of the ONNX graph; for static INT8 activations come first, weights second."""
 
 DType = Literal["float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
-Kind = Literal["checkpoint", "data", "program", "onnx", "statistics", "engine", "parity", "audit", "latency", "release"]
+Kind = Literal[
+    "checkpoint", "data", "program", "onnx", "statistics", "tuning", "engine", "parity", "audit", "latency", "release"
+]
 OutputKind = Literal["logits", "probabilities", "embedding", "scores", "indices", "boxes", "other"]
 RangeMethod = Literal["minmax", "entropy", "percentile", "mse"]
 Sizes = Mapping[str, int]
@@ -583,6 +585,34 @@ class Backend(Protocol):
             BuildError: the engine's files are broken or made by another version.
             UnavailableError: this host can't run it.
         """
+        ...
+
+
+class Tuner(Backend, Protocol):
+    """A backend that can measure which of several schedules is the fastest, and build with what was found out."""
+
+    def records(self, target: Target) -> str | None:
+        """Name of the file below ``targets/tuning/`` with records for this row; None if the row asks for no tuning."""
+        ...
+
+    def tune(self, model: Stored, target: Target, shared: Path, out: Path, report: Reporter) -> Mapping[str, JsonValue]:
+        """Write what is known about `model` into the empty folder `out`; return facts about it.
+
+        Args:
+            model: as for `build`.
+            target: its row; it says whether anything may be measured, and for how long.
+            shared: the file of records: read, and extended at once by each one that is new.
+            out: gets ``choices.json``, which `build_tuned` reads.
+            report: told how far the measuring is.
+
+        Raises:
+            UsageError: `shared` isn't a file of records.
+            UnavailableError: the row wants measurements, and this host can't run its engines.
+        """
+        ...
+
+    def build_tuned(self, model: Stored, target: Target, tuning: Path, out: Path) -> Mapping[str, JsonValue]:
+        """As `build`, with the folder that `tune` wrote."""
         ...
 
 

@@ -7,11 +7,11 @@ import functools
 import importlib.metadata
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pipeline import buckets
 from pipeline.errors import BuildError, ExportyardError, UsageError, last_line, nearest, unknown
-from pipeline.types import Backend, Runner, Signature, Target, TensorSpec
+from pipeline.types import Backend, Runner, Signature, Target, TensorSpec, Tuner
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,6 +53,19 @@ def find(name: str) -> Backend:
             hint=f"repair or uninstall `{owner}`; `python -c 'import {entry.module}'` shows the whole error",
         ) from error
     return backend
+
+
+def tuner(name: str) -> Tuner:
+    """The backend called `name`, which must be one that tunes."""
+    backend = find(name)
+    assert hasattr(backend, "build_tuned"), name  # the caller asked `tuning_file` first
+    return cast("Tuner", backend)
+
+
+def tuning_file(target: Target) -> str | None:
+    """Name of the file with records for `target`, below ``targets/tuning/``; None if the row asks for no tuning."""
+    records = getattr(find(target.backend), "records", None)
+    return None if records is None else cast("str | None", records(target))
 
 
 @contextlib.contextmanager

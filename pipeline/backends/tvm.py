@@ -7,22 +7,27 @@ Options of a row:
     weights: ``inside`` the library, ``beside`` it, or ``auto`` (default): beside it when it would be too large.
     threads: threads that run one operator; 0 (default) takes every core.
     limit_s: seconds that a build may take before it is ended; 0 (default) is no limit.
+    tune: ``off`` (default), ``cached``: take records of earlier tuning, or ``minutes:N``: and measure what has none,
+        for at most N minutes an engine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import time
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import JsonValue
 
-from pipeline import host, processes, targets, tvm_import, tvm_link, tvm_remote, tvm_weights
+from pipeline import host, processes, targets, tvm_cpu, tvm_import, tvm_link, tvm_records, tvm_remote, tvm_weights
 from pipeline.backends import checked
 from pipeline.errors import BuildError, UnavailableError, UsageError, unknown
-from pipeline.types import Runner, Scheme, Target
+from pipeline.types import Reporter, Runner, Scheme, Target
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,29 +40,14 @@ if TYPE_CHECKING:
 
 SOURCES = ("onnx", "program")
 PLACES = ("auto", "inside", "beside")
-
-# LLVM processors that `native` may mean, best first, with the features that make a CPU one of them.
-NATIVE: Mapping[str, Sequence[tuple[str, frozenset[str]]]] = {
-    "x86_64": (
-        ("sapphirerapids", frozenset({"amx_int8", "avx512_fp16", "avx512_bf16", "avx512_vnni"})),
-        ("icelake-server", frozenset({"avx512_vnni", "avx512_vbmi2", "avx512_bitalg", "gfni", "vaes"})),
-        ("x86-64-v4", frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})),
-        ("x86-64-v3", frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})),
-        ("x86-64-v2", frozenset({"sse4_2", "popcnt"})),
-        ("x86-64", frozenset()),
-    ),
-    "aarch64": (("neoverse-n1", frozenset({"asimddp", "asimdhp", "atomics"})), ("cortex-a53", frozenset())),
-}
-
-ARMV7 = ("5", "7", "8", "9", "12", "15", "17")  # of Cortex-A: 32 bits, 16 registers of four lanes
-DOT_PRODUCT_CORTEX = tuple(f"cortex-{name}" for name in ("a55", "a75", "a76", "a77", "a78", "x1", "x2", "x3"))
+TUNING = ("off", "cached")  # or minutes:N
 
 
 class Tvm:
     """See `pipeline.types.Backend`. Its engine is ``model.so``, which holds code and weights (see `tvm_link`)."""
 
     name = "tvm"
-    option_names = frozenset({"import", "threads", "weights", "limit_s", "device.rpc"})
+    option_names = frozenset({"import", "threads", "weights", "limit_s", "tune", "device.rpc"})
     schemes: frozenset[Scheme] = frozenset({"fp32", "int8-u8s8", "int8-s8s8"})
 
     def source(self, target: Target) -> Literal["onnx", "program"]:
@@ -87,8 +77,25 @@ class Tvm:
         if linker is not None:
             found["linker"] = linker.version
         if target.arch == "native":
-            found["cpu"] = native_cpu()
+            found["cpu"] = tvm_cpu.native_cpu()
         return found
+
+    def records(self, target: Target) -> str | None:
+        """Records are those of a processor, whatever model they were made with."""
+        if target.options.get("tune", "off") == "off":
+            return None
+        return f"{tvm_cpu.cpu_of(target)}.json"
+
+    def tune(self, model: Stored, target: Target, shared: Path, out: Path, report: Reporter) -> Mapping[str, JsonValue]:
+        """At the opt size of each axis, on one thread, in this process; see `tvm_tuning`.
+
+        Raises:
+            UsageError: `shared` isn't a file of records, or an option has a value that doesn't exist.
+            UnavailableError: ``minutes:N``, and this host can't run code for the row's processor.
+            BuildError: an operator can't be imported.
+        """
+        _check(target)
+        return _tuned(model, target, shared, out, report)
 
     def build(self, model: Stored, target: Target, out: Path) -> Mapping[str, JsonValue]:
         """Import, schedule, compile, link.
@@ -98,15 +105,22 @@ class Tvm:
             UnavailableError: there is no linker.
             BuildError: an operator can't be imported or compiled.
         """
+        return self._build(model, target, None, out)
+
+    def build_tuned(self, model: Stored, target: Target, tuning: Path, out: Path) -> Mapping[str, JsonValue]:
+        """As `build`, with the schedules that `tune` found."""
+        return self._build(model, target, tuning / tvm_records.CHOICES, out)
+
+    def _build(self, model: Stored, target: Target, choices: Path | None, out: Path) -> Mapping[str, JsonValue]:
         _check(target)
         reason = self.missing(target)
         if reason is not None:
             raise UnavailableError(f"`{target.name}`: {reason}")
         limit = int(target.options.get("limit_s", 0))
         if not limit:
-            return _built(model, target, out)
+            return _built(model, target, choices, out)
         try:
-            return processes.within(limit, _built, model, target, out)
+            return processes.within(limit, _built, model, target, choices, out)
         except TimeoutError:
             raise BuildError(
                 f"tvm's build for `{target.name}` took longer than {limit} s, and was ended",
@@ -131,10 +145,7 @@ class Tvm:
             with tvm_remote.loaded(engine, target, threads or own) as there:
                 yield dataclasses.replace(there, run=checked(there.run, engine.signature()))
             return
-        # before its thread pool starts: it would pin this process's main thread to one core, for good
-        os.environ.setdefault("TVM_BIND_THREADS", "0")
-        # and would have half as many threads as there are cores, or as many as another library was told to have
-        os.environ.setdefault("TVM_NUM_THREADS", str(host.cpu_count()))
+        _before_threads()
         import tvm
         from tvm import relax
 
@@ -147,8 +158,7 @@ class Tvm:
                 f"tvm can't load the engine `{path}`: {tvm_import.plain(error)}",
                 hint="`exportyard export` builds it again",
             ) from error
-        any_core = 1
-        tvm.get_global_func("runtime.config_threadpool")(any_core, threads or own or host.cpu_count())
+        _take_threads(threads or own or host.cpu_count())
 
         def run(feeds: Tensors) -> dict[str, NDArray[Any]]:
             found = main(*(tvm.runtime.tensor(feeds[spec.name]) for spec in signature.inputs), *weights)
@@ -173,22 +183,80 @@ def _check(target: Target) -> None:
         raise unknown("value of `weights`", str(place), PLACES, where=f"target `{target.name}`")
     if not isinstance(threads, int) or threads < 0:
         raise UsageError(f"target `{target.name}`: threads = {threads!r}", hint="expected a whole number; 0 is all")
+    tune = target.options.get("tune", "off")
+    if tune not in TUNING and not _minutes(target):
+        raise unknown("value of `tune`", str(tune), (*TUNING, "minutes:10"), where=f"target `{target.name}`")
     limit = target.options.get("limit_s", 0)
     if not isinstance(limit, int) or limit < 0:
         raise UsageError(f"target `{target.name}`: limit_s = {limit!r}", hint="expected whole seconds; 0 is no limit")
 
 
-def _built(model: Stored, target: Target, out: Path) -> Mapping[str, JsonValue]:
-    """Import, schedule, compile and link in this process; returns the facts."""
-    from pipeline import tvm_compile
+def _before_threads() -> None:
+    """What TVM must know before its pool of threads starts."""
+    # it would pin this process's main thread to one core, for good
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    # and would have half as many threads as there are cores, or as many as another library was told to have
+    os.environ.setdefault("TVM_NUM_THREADS", str(host.cpu_count()))
 
-    cpu = native_cpu() if target.arch == "native" else target.arch
+
+def _take_threads(count: int) -> None:
+    import tvm
+
+    any_core = 1
+    tvm.get_global_func("runtime.config_threadpool")(any_core, count)
+
+
+def _tuned(model: Stored, target: Target, shared: Path, out: Path, report: Reporter) -> Mapping[str, JsonValue]:
+    """Look up, and measure if the row says so; returns the facts."""
+    _before_threads()
+    from pipeline import tvm_compile, tvm_tuning
+
+    minutes = _minutes(target)
+    reason = targets.unfit(target)
+    if minutes and (reason is not None or target.device is not None):
+        why = reason or "it is another machine"
+        raise UnavailableError(
+            f"`{target.name}`: tuning runs code on the row's processor, and this host can't: {why}",
+            hint='`tune = "cached"` takes records that were made elsewhere',
+        )
+    cpu = tvm_cpu.cpu_of(target)
+    where, registers = tvm_link.compiles_for(target, cpu), tvm_cpu.registers_of(cpu)
+    known = tvm_records.read(shared)
+    module = tvm_import.at_sizes(tvm_import.imported(model, target, BACKEND.source(target)), _opt(model))
+    module = tvm_compile.lowered(module, where, registers)
+    if minutes:
+        _take_threads(1)
+        until = time.monotonic() + 60 * minutes
+        tvm_tuning.tune(module, where, registers, known, until, functools.partial(tvm_records.add, shared), report)
+    found = tvm_tuning.known(module, registers, tvm_records.read(shared))
+    tvm_records.write_choices(out / tvm_records.CHOICES, {name: found.choices[name] for name in found.used})
+    lacking: list[JsonValue] = [*sorted(found.lacking)]
+    return {"workloads": len(found.used), "not_tuned": lacking}
+
+
+def _opt(model: Stored) -> dict[str, int]:
+    return {name: axis.opt for name, axis in model.signature().axes.items()}
+
+
+def _minutes(target: Target) -> int:
+    """How long the row lets nests be measured; 0 where it doesn't."""
+    found = re.fullmatch(r"minutes:([1-9]\d{0,3})", str(target.options.get("tune", "off")))
+    return int(found[1]) if found else 0
+
+
+def _built(model: Stored, target: Target, choices: Path | None, out: Path) -> Mapping[str, JsonValue]:
+    """Import, schedule, compile and link in this process; returns the facts."""
+    from pipeline import tvm_compile, tvm_tuning
+
+    cpu = tvm_cpu.cpu_of(target)
     where = tvm_link.compiles_for(target, cpu)
     module = tvm_import.imported(model, target, BACKEND.source(target))
-    registers = registers_of(cpu)
+    registers = tvm_cpu.registers_of(cpu)
     _check_integers(model, target, cpu, registers)
+    chooser = tvm_tuning.Known(tvm_records.read_choices(choices) if choices is not None else {}, _opt(model))
     try:
-        module = tvm_compile.scheduled(module, where, registers)
+        module = tvm_compile.lowered(module, where, registers)
+        module = tvm_compile.scheduled(module, where, registers, chooser)
         integers = tvm_compile.integer_contractions_of(module)
         module, weights = _divided(module, target)
         executable = tvm_compile.compiled(module, where)
@@ -199,7 +267,8 @@ def _built(model: Stored, target: Target, out: Path) -> Mapping[str, JsonValue]:
         ) from error
     if weights:
         tvm_weights.write(weights, out)
-    return {"cpu": cpu, "int8": integers, **tvm_link.write(executable, target, out)}
+    tuned = {} if choices is None else {"tuned": len(chooser.used), "not_tuned": len(chooser.lacking)}
+    return {"cpu": cpu, "int8": integers, **tuned, **tvm_link.write(executable, target, out)}
 
 
 def _check_integers(model: Stored, target: Target, cpu: str, registers: Registers) -> None:
@@ -212,36 +281,6 @@ def _check_integers(model: Stored, target: Target, cpu: str, registers: Register
         f"`{target.name}`: no dot products of {wanted} with int8 on `{cpu}` (it has {has}, as far as is known)",
         hint="remove that INT8 scheme from the row, or give it the `arch` of a processor that has them",
     )
-
-
-# --- hardware ------------------------------------------------------------------------------------------------------
-
-
-def native_cpu() -> str:
-    """LLVM's name for this host's CPU, or for the nearest older one."""
-    known = NATIVE.get(host.machine(), (("generic", frozenset()),))
-    return next(name for name, features in known if features <= host.cpu_features())
-
-
-def registers_of(cpu: str) -> Registers:
-    """The vector registers of an LLVM processor, as far as its name tells; four lanes where it doesn't."""
-    from pipeline.tvm_dots import SDOT, VNNI_512
-    from pipeline.tvm_nests import Registers
-
-    if cpu in ("sapphirerapids", "icelake-server", "cascadelake", "znver4", "znver5"):
-        return Registers(lanes=16, accumulators=14, dot=VNNI_512)
-    if cpu in ("skylake-avx512", "x86-64-v4"):
-        return Registers(lanes=16, accumulators=14)
-    if cpu in ("x86-64-v3", "haswell", "broadwell", "skylake", "znver2", "znver3", "alderlake"):
-        return Registers(lanes=8, accumulators=12)
-    if cpu.startswith("x86-64"):
-        return Registers(lanes=4, accumulators=12)
-    if cpu.startswith("cortex-a") and cpu.removeprefix("cortex-a") in ARMV7:
-        return Registers(lanes=4, accumulators=12)
-    if "rv64" in cpu:  # without vectors: four of its 32 registers for each of these
-        return Registers(lanes=4, accumulators=6, columns=1)
-    dot = SDOT if cpu.startswith(("neoverse-", *DOT_PRODUCT_CORTEX)) else None
-    return Registers(lanes=4, accumulators=24, columns=4, dot=dot)
 
 
 # --- from the model to a library -----------------------------------------------------------------------------------

@@ -18,11 +18,14 @@ from pipeline.types import Scheme, Target
 SIGNATURE = "signature.json"
 
 
-def build(model: Stored, target: Target, scheme: Scheme, out: Path) -> Mapping[str, JsonValue]:
+def build(
+    model: Stored, target: Target, scheme: Scheme, out: Path, tuning: Path | None = None
+) -> Mapping[str, JsonValue]:
     """Let the target's backend write the engine into `out`, with the model's ``signature.json`` beside it.
 
     Args:
         model: what the backend's `source` asks for: the ONNX graph in the form `scheme`, or the program.
+        tuning: the folder that the stage `tune` wrote, for a row that asks for it.
 
     Raises:
         UsageError: the backend or an option doesn't exist, or the backend can't carry `scheme`.
@@ -46,13 +49,18 @@ def build(model: Stored, target: Target, scheme: Scheme, out: Path) -> Mapping[s
     if not found and getattr(backend, "static_only", False) and buckets.dynamic(model.signature()):
         axes = ", ".join(f"`{name}`" for name in buckets.dynamic(model.signature()))
         raise buckets.needed(target, f"builds models of fixed sizes only, and {axes} may vary")
-    return _buckets(model, target, scheme, found, out) if found else _engine(model, target, scheme, out)
+    if found:
+        return _buckets(model, target, scheme, found, out, tuning)
+    return _engine(model, target, scheme, out, tuning)
 
 
-def _engine(model: Stored, target: Target, scheme: Scheme, out: Path) -> Mapping[str, JsonValue]:
+def _engine(model: Stored, target: Target, scheme: Scheme, out: Path, tuning: Path | None) -> Mapping[str, JsonValue]:
     """One engine in the folder `out`."""
     try:
-        facts = backends.find(target.backend).build(model, target, out)
+        if tuning is None:
+            facts = backends.find(target.backend).build(model, target, out)
+        else:
+            facts = backends.tuner(target.backend).build_tuned(model, target, tuning, out)
     except (ExportyardError, OSError, MemoryError):
         raise  # OSError: a full disk is the store's to explain
     except Exception as error:  # whatever a library throws, the user sees one line of it
@@ -69,7 +77,7 @@ def _engine(model: Stored, target: Target, scheme: Scheme, out: Path) -> Mapping
 
 
 def _buckets(
-    model: Stored, target: Target, scheme: Scheme, found: tuple[Bucket, ...], out: Path
+    model: Stored, target: Target, scheme: Scheme, found: tuple[Bucket, ...], out: Path, tuning: Path | None
 ) -> Mapping[str, JsonValue]:
     """An engine for each bucket, in a folder of its own; the backend meets models of fixed sizes."""
     source = backends.find(target.backend).source(target)
@@ -80,7 +88,7 @@ def _buckets(
         folder.mkdir()
         with tempfile.TemporaryDirectory(dir=out) as place:
             fixed = fixing.fixed(model, source, bucket.sizes, Path(place) / "model")
-            made = dict(_engine(fixed, target, scheme, folder))
+            made = dict(_engine(fixed, target, scheme, folder, tuning))
         told = made.pop("warnings", [])
         warnings |= dict.fromkeys(map(str, told)) if isinstance(told, list) else {}
         facts[bucket.folder] = made

@@ -15,10 +15,10 @@ from tvm.relax.frontend.onnx import from_onnx  # noqa: E402
 
 from pipeline import host, store, tvm_compile, tvm_import  # noqa: E402
 from pipeline.backends import find  # noqa: E402
-from pipeline.backends.tvm import registers_of  # noqa: E402
 from pipeline.errors import BuildError  # noqa: E402
 from pipeline.stages.audit import audit  # noqa: E402
 from pipeline.stages.build import build  # noqa: E402
+from pipeline.tvm_cpu import registers_of  # noqa: E402
 from pipeline.types import Audit, Axis, Signature, Target, TensorSpec  # noqa: E402
 
 VNNI = "icelake-server"
@@ -105,7 +105,8 @@ def scheduled(model, cpu):
         module = from_onnx(model, keep_params_in_input=False)
     machine = "aarch64" if cpu.startswith(("neoverse", "cortex")) else "x86_64"
     where = tvm.target.Target({"kind": "llvm", "mtriple": f"{machine}-linux-gnu", "mcpu": cpu})
-    return tvm_compile.scheduled(module, where, registers_of(cpu)), where
+    registers = registers_of(cpu)
+    return tvm_compile.scheduled(tvm_compile.lowered(module, where, registers), where, registers), where
 
 
 def as_written(model, feed):

@@ -6,8 +6,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from pipeline import backends, origin
-from pipeline.backends import tvm
+from pipeline import backends, origin, tvm_cpu
 from pipeline.errors import BuildError
 
 
@@ -57,10 +56,10 @@ def test_plugin_that_can_not_be_imported_is_named(plugin):
     ],
 )
 def test_native_is_the_best_processor_whose_features_are_all_there(monkeypatch, features, cpu):
-    monkeypatch.setattr(tvm.host, "machine", lambda: "x86_64")
-    monkeypatch.setattr(tvm.host, "cpu_features", lambda: frozenset(features))
+    monkeypatch.setattr(tvm_cpu.host, "machine", lambda: "x86_64")
+    monkeypatch.setattr(tvm_cpu.host, "cpu_features", lambda: frozenset(features))
 
-    assert tvm.native_cpu() == cpu
+    assert tvm_cpu.native_cpu() == cpu
 
 
 def graph(tmp_path):
