@@ -5,6 +5,7 @@ Options of a row:
         the vectors of the CPU that builds it, and so needs the hardware of the row.
     format: ``onnx`` (default), or ``ort``, the flatbuffer that small mobile runtimes read.
     threads: threads that run one operator; 0 (default) takes every core.
+    provider: ``cpu`` (default), ``cuda`` or ``tensorrt``; the last two have options of their own (`pipeline.ort_gpu`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import JsonValue
 
-from pipeline import host, targets
+from pipeline import host, ort_gpu, targets
 from pipeline.backends import checked
-from pipeline.errors import BuildError, UsageError, unknown
+from pipeline.errors import BuildError, UnavailableError, UsageError, unknown
 from pipeline.types import Runner, Scheme, Target
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class OnnxRuntime:
     """See `pipeline.types.Backend`. Its engine is ``model.onnx`` (with ``model.onnx.data``) or ``model.ort``."""
 
     name = "onnxruntime"
-    option_names = frozenset({"optimization", "format", "threads"})
+    option_names = frozenset({"provider"}) | ort_gpu.CPU_OPTIONS | ort_gpu.GPU_OPTIONS
     schemes: frozenset[Scheme] = frozenset({"fp32", "fp16", "int8-dynamic", "int8-u8s8", "int8-s8s8", "int8-u8u8"})
 
     def source(self, target: Target) -> Literal["onnx", "program"]:  # noqa: ARG002
@@ -67,7 +68,7 @@ class OnnxRuntime:
         """The package, or the row's own hardware."""
         if not host.has_module("onnxruntime"):
             return "the package `onnxruntime` is not installed"
-        return targets.unfit(target)
+        return ort_gpu.not_runnable(target) if ort_gpu.is_for_gpu(target) else targets.unfit(target)
 
     def tools(self, target: Target) -> Mapping[str, str]:
         """The runtime's version; at level ``all`` also the features of this CPU."""
@@ -89,6 +90,8 @@ class OnnxRuntime:
         from pipeline import ort_format
         from pipeline.origin import of_error
 
+        if ort_gpu.check(target) != "cpu":
+            return ort_gpu.build(model, target, out)
         level, file = _choice(target, "optimization", "extended", LEVELS), _choice(target, "format", "onnx", FORMATS)
         options = _options(target)
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
@@ -116,14 +119,21 @@ class OnnxRuntime:
 
     @contextlib.contextmanager
     def load(self, engine: Stored, target: Target, threads: int | None = None) -> Iterator[Runner]:
-        """A session on the CPU provider.
+        """A session on the row's provider.
 
         Raises:
             BuildError: the file is broken, or this version of ONNX Runtime can't read it.
+            UnavailableError: the provider is for a GPU that this host hasn't got.
         """
         import onnxruntime
 
         options = _options(target, threads)
+        if ort_gpu.check(target) != "cpu":
+            reason = self.not_runnable(target)
+            if reason is not None:
+                raise UnavailableError(f"`{target.name}` can't be run on this host: {reason}")
+            yield checked(ort_gpu.runner(engine, target, options), engine.signature())
+            return
         levels = onnxruntime.GraphOptimizationLevel
         # a graph laid out for this CPU is finished; a portable one gets its layout here
         done = target.options.get("optimization") == "all"

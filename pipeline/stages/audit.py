@@ -69,6 +69,8 @@ def _closed(engine: Stored, target: Target) -> str | None:
     """Why nobody can look into the engine, or None."""
     if COUNT in engine.artifact.facts:
         return None
+    if "provider" in engine.artifact.facts:
+        return f"ONNX Runtime's provider `{engine.artifact.facts['provider']}` compiles the graph as it loads it"
     if target.backend != "onnxruntime":
         return f"engines of backend `{target.backend}` don't say what they run in"
     if ENGINE not in engine.artifact.files:

@@ -20,8 +20,13 @@ OPTIONS = {
     "echo": [{"reference": True}],
     "onnxruntime": [{"optimization": "all"}, {"optimization": "basic", "threads": 1}, {"format": "ort"}],
     "tvm": [{}, {"import": "program"}],
+} | {  # on a GPU
+    "tensorrt": [{}, {"cuda_graph": True, "opt_profile": True}],
+    "torch_tensorrt": [{}, {"format": "aoti"}, {"format": "engine"}],
+    "tvm_cuda": [{}, {"import": "program"}],
 }
-HEAVY = ("numpy", "torch", "onnx", "onnxruntime", "tvm")
+OPTIONS["onnxruntime"] += [{"provider": "cuda"}, {"provider": "cuda", "cuda_graph": True}, {"provider": "tensorrt"}]
+HEAVY = ("numpy", "torch", "onnx", "onnxruntime", "tvm", "tensorrt", "torch_tensorrt")
 
 
 def row(backend, options, **changes):
