@@ -237,7 +237,7 @@ def measured(root: Path, one: Architecture) -> Found:
 
 
 def _engine(engine: Any, target: Any, threads: int) -> contextlib.AbstractContextManager[Runner]:
-    return backends.find(target.backend).load(engine, target, threads)
+    return backends.loaded(engine, target, threads)
 
 
 def _ratios(job: Job, loaders: Mapping[str, sides.Loader]) -> dict[str, sides.Ratio]:

@@ -95,7 +95,7 @@ def our_forms(job: Job, verdict: run.Verdict) -> dict[str, Form]:
 
 
 def _engine(engine: Any, target: Target, threads: int) -> contextlib.AbstractContextManager[Runner]:
-    return backends.find(target.backend).load(engine, target, threads)
+    return backends.loaded(engine, target, threads)
 
 
 def their_forms(job: Job, folder: Path) -> dict[str, Form]:

@@ -156,7 +156,7 @@ def measured(name: str, root: Path, seconds: float) -> Found:
 def _loaded(engines: Mapping[str, tuple[Stored, Target]], threads: int) -> Iterator[dict[str, Runner]]:
     with contextlib.ExitStack() as stack:
         yield {
-            form: stack.enter_context(backends.find(target.backend).load(engine, target, threads))
+            form: stack.enter_context(backends.loaded(engine, target, threads))
             for form, (engine, target) in engines.items()
         }
 

@@ -36,10 +36,13 @@ def sizes_of(feeds: Tensors, signature: Signature) -> dict[str, int]:
     }
 
 
-def fits(feeds: Tensors, signature: Signature) -> bool:
-    """Whether each axis is in the range that the signature has for it."""
-    ranges = signature.axes
-    return all(ranges[axis].min <= size <= ranges[axis].max for axis, size in sizes_of(feeds, signature).items())
+def fits(feeds: Tensors, signature: Signature, *, parts: bool = False) -> bool:
+    """Whether each axis is in the range that the signature has for it; with `parts`, as `in_parts` asks for them."""
+    ranges, sizes = signature.axes, sizes_of(feeds, signature)
+    rows = _rows(signature) if parts else None
+    if rows is not None:
+        sizes[rows] = min(sizes[rows], ranges[rows].max)
+    return all(ranges[axis].min <= size <= ranges[axis].max for axis, size in sizes.items())
 
 
 def padded(feeds: Tensors, signature: Signature, sizes: Sizes) -> Arrays:

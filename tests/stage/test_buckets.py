@@ -156,7 +156,7 @@ TEXT = """
         }
 
     def evaluation():
-        for batch, seq in ((1, 2), (2, 5), (7, 6), (8, 3)):
+        for batch, seq in ((1, 2), (2, 5), (7, 6), (8, 3), (2, 11)):
             yield feeds({"batch": batch, "seq": seq}, seq)
 """
 
@@ -244,9 +244,11 @@ def test_parity_goes_to_all_that_is_served(verdict):
     assert all(one.error is None for one in verdict.parity.sizes)
 
 
-def test_more_rows_than_are_served_are_evaluated_in_parts(verdict):
+def test_the_metric_is_of_what_is_served_in_parts_if_need_be(texts, verdict):
     assert verdict.parity.metric.samples == 4
-    assert verdict.parity.metric.drop < 1e-6
+    assert abs(verdict.parity.metric.drop) < 1e-6
+    warnings = store.load(texts / "artifacts/tiny/parity/any-onnxruntime/fp32").artifact.facts["warnings"]
+    assert warnings == ["`any-onnxruntime`: 1 of 5 evaluation samples are larger than its buckets"]
 
 
 def test_latency_is_of_sizes_that_are_served(verdict):
@@ -270,6 +272,16 @@ def test_other_buckets_make_another_engine(texts, verdict, tmp_path):
 
     assert (made.state, made.reason) == ("built", "setting buckets changed")
     assert [one.folder for one in buckets.of(made.stored)] == ["batch1-seq6", "batch4-seq6"]
+
+
+def test_buckets_for_no_evaluation_sample_are_no_good(texts, verdict, tmp_path):
+    subprocess.run(["cp", "-a", f"{texts}/.", tmp_path], check=True)
+    model = tmp_path / "recipes/tiny/model.py"
+    model.write_text(model.read_text().replace("((1, 2), (2, 5), (7, 6), (8, 3), (2, 11))", "((2, 11),)"))
+    refused = exported(tmp_path, "any-onnxruntime")
+
+    assert refused.status == "failed"
+    assert refused.reason == "fp32 fails on the evaluation data: input `ids`: axis `seq` is 11, outside 2 to 6"
 
 
 def test_a_model_that_minds_padding_is_refused(texts, verdict, tmp_path):

@@ -268,3 +268,12 @@ def test_what_is_not_in_rows_is_asked_for_at_once(outputs):
     padding.in_parts(lambda feeds: asked.append(len(feeds["ids"])) or {}, signature(*outputs))(texts(19))
 
     assert asked == [19]
+
+
+@pytest.mark.parametrize(
+    ("batch", "seq", "whole", "parts"),
+    [(1, 4, True, True), (8, 256, True, True), (19, 5, False, True), (19, 257, False, False), (8, 3, False, False)],
+)
+def test_what_is_served_whole_or_in_parts(batch, seq, whole, parts):
+    assert padding.fits(texts(batch, seq), PLAIN) is whole
+    assert padding.fits(texts(batch, seq), PLAIN, parts=True) is parts
