@@ -81,22 +81,48 @@ def audit_by_count(integers: int, source: Path, signature: Signature) -> list[Au
     able = {node.name for node in nodes if _wanted(node, asked) and _dense(node, asked)}
     if len(able) != integers:
         raise UnclearError(f"the engine has {integers} contractions in INT8, the graph {len(able)} that can be")
-    rows = []
-    for node in nodes:
-        runs_in: Number = "int8" if node.name in able else "fp32"
-        fell_back = _wanted(node, asked) and runs_in != "int8"
-        count = macs.count(node, shapes)
-        rows.append(
-            AuditRow(
-                node=node.name,
-                module=module_of(node),
-                operator=node.op_type,
-                runs_in=runs_in,
-                macs=count,
-                fell_back=fell_back,
-            )
+    return [
+        AuditRow(
+            node=node.name,
+            module=module_of(node),
+            operator=node.op_type,
+            runs_in="int8" if node.name in able else "fp32",
+            macs=macs.count(node, shapes),
+            fell_back=_wanted(node, asked) and node.name not in able,
         )
-    return rows
+        for node in nodes
+    ]
+
+
+def audit_by_names(runs_in: Mapping[str, tuple[str, Number]], source: Path, signature: Signature) -> list[AuditRow]:
+    """As `audit`, for an engine that says of each node what it became.
+
+    Args:
+        runs_in: the engine's operator and its numbers, by the name of the graph's node.
+        source: as for `audit`.
+        signature: as for `audit`.
+
+    Raises:
+        UnclearError: a node isn't in `runs_in`, or can't be counted.
+    """
+    asked = Graph(onnx.load(source, load_external_data=False))
+    _no_bodies(asked)
+    nodes = _live(asked)
+    silent = next((node for node in nodes if node.name not in runs_in), None)
+    if silent is not None:
+        raise UnclearError(f"the engine doesn't say what became of `{silent.name}` ({silent.op_type})")
+    shapes = macs.shapes(asked, nodes, source, signature)
+    return [
+        AuditRow(
+            node=node.name,
+            module=module_of(node),
+            operator=runs_in[node.name][0],
+            runs_in=runs_in[node.name][1],
+            macs=macs.count(node, shapes),
+            fell_back=_wanted(node, asked) and runs_in[node.name][1] != "int8",
+        )
+        for node in nodes
+    ]
 
 
 def _dense(node: onnx.NodeProto, graph: Graph) -> bool:
