@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 
 from pipeline import audit as audits
 from pipeline import buckets
@@ -13,15 +13,16 @@ from pipeline.store import Stored, write_json
 from pipeline.types import Audit, AuditRow, Axis, Scheme, Sizes, Target
 
 ENGINE = "model.onnx"
-COUNT = "int8"  # the fact of an engine that says how many of its contractions run in INT8
+# facts of engines: how many contractions run in INT8; or operator and numbers of each node that multiplies
+COUNT, NAMES = "int8", "runs_in"
 
 
 def audit(engine: Stored, model: Stored, target: Target, scheme: Scheme, out: Path) -> dict[str, JsonValue]:
     """Write ``audit.json``: each operator that multiplies, and what it runs in; or why that can't be told.
 
     Args:
-        engine: of any backend; those of ONNX Runtime that are an ONNX graph can be looked into, and those of TVM
-            say how many of their contractions run in INT8. Of buckets, the one for the opt sizes is looked into.
+        engine: of any backend; those of ONNX Runtime that are an ONNX graph can be looked into, others may have
+            facts that say it. Of buckets, the one for the opt sizes is looked into.
         model: the ONNX graph that it was built from.
         target: gives the backend.
         scheme: of both.
@@ -60,6 +61,10 @@ def _rows(engine: Stored, model: Stored, sizes: Sizes, target: Target) -> list[A
     source, signature = model.file("model.onnx"), model.signature().model_copy(update={"axes": axes})
     if target.backend == "onnxruntime":
         return audits.audit(engine.file(ENGINE), source, signature)
+    told = engine.artifact.facts.get(NAMES)
+    if told is not None:
+        runs_in = TypeAdapter(dict[str, tuple[str, audits.Number]]).validate_python(told)
+        return audits.audit_by_names(runs_in, source, signature)
     integers = engine.artifact.facts[COUNT]
     assert isinstance(integers, int)
     return audits.audit_by_count(integers, source, signature)
@@ -67,7 +72,7 @@ def _rows(engine: Stored, model: Stored, sizes: Sizes, target: Target) -> list[A
 
 def _closed(engine: Stored, target: Target) -> str | None:
     """Why nobody can look into the engine, or None."""
-    if COUNT in engine.artifact.facts:
+    if not {COUNT, NAMES}.isdisjoint(engine.artifact.facts):
         return None
     if "provider" in engine.artifact.facts:
         return f"ONNX Runtime's provider `{engine.artifact.facts['provider']}` compiles the graph as it loads it"

@@ -21,6 +21,7 @@ from tests import extras
 OPTIONS = {
     "echo": [{"reference": True}],
     "onnxruntime": [{"optimization": "all"}, {"optimization": "basic", "threads": 1}, {"format": "ort"}],
+    "openvino": [{}, {"import": "program"}],
     "tvm": [{}, {"import": "program"}],
 } | {  # on a GPU
     "tensorrt": [{}, {"cuda_graph": True, "opt_profile": True}],
@@ -28,7 +29,7 @@ OPTIONS = {
     "tvm_cuda": [{}, {"import": "program"}],
 }
 OPTIONS["onnxruntime"] += [{"provider": "cuda"}, {"provider": "cuda", "cuda_graph": True}, {"provider": "tensorrt"}]
-HEAVY = ("numpy", "torch", "onnx", "onnxruntime", "tvm", "tensorrt", "torch_tensorrt")
+HEAVY = ("numpy", "torch", "onnx", "onnxruntime", "openvino", "tvm", "tensorrt", "torch_tensorrt")
 
 
 def row(backend, options, **changes):

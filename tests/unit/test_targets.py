@@ -37,7 +37,10 @@ def test_shipped_rows_fit_their_backends():
 
 
 def test_every_backend_but_the_fake_has_a_row():
-    assert {row.backend for row in targets.read(SHIPPED).values()} == {"eager", "onnxruntime", "tvm"}
+    rows = {row.backend for row in targets.read(SHIPPED).values()}
+
+    assert rows >= {"eager", "onnxruntime", "openvino", "tvm"}
+    assert rows <= set(backends.names()) - {"echo"}
 
 
 def test_rows_keep_the_order_of_the_file(tmp_path):
