@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
-from pipeline import dims, gpu, host, padding, tensorrt_graph
+from pipeline import dims, gpu, host
 from pipeline import tensorrt_plan as plan
 from pipeline.errors import BuildError, UsageError, last_line, unknown
 from pipeline.types import Runner, Signature, Target
@@ -80,7 +80,9 @@ def build(model: Stored, target: Target, out: Path) -> Mapping[str, JsonValue]:
     """
     import onnx
 
-    provider, source, made = check(target), model.file("model.onnx"), out / "model.onnx"
+    from pipeline import tensorrt_graph
+
+    provider, source = check(target), model.file("model.onnx")
     try:
         onnx.checker.check_model(source)
     except Exception as error:  # of protobuf, of the checker, of the file system
@@ -88,7 +90,6 @@ def build(model: Stored, target: Target, out: Path) -> Mapping[str, JsonValue]:
     if provider != "tensorrt" or tensorrt_graph.readable(source, out) == source:
         for path in sorted(source.parent.glob("model.onnx*")):
             shutil.copyfile(path, out / path.name)
-    assert made.is_file()
     return {"provider": provider}
 
 
@@ -213,6 +214,8 @@ class Recorded:
     def run(self, feeds: Tensors) -> dict[str, NDArray[Any]]:
         """One call."""
         import numpy as np
+
+        from pipeline import padding
 
         sizes = padding.sizes_of(feeds, self._signature)
         key = tuple(sizes.values())
