@@ -58,7 +58,7 @@ def write(path: Path, records: Mapping[str, Record]) -> None:
     """Replace the file, at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"  {json.dumps(name)}: {json.dumps(records[name].plain())}" for name in sorted(records)]
-    part = path.with_suffix(".part")
+    part = path.with_name(f".{path.name}.tmp")
     part.write_text("{\n" + ",\n".join(lines) + "\n}\n" if lines else "{}\n")
     part.replace(path)
 
@@ -72,7 +72,7 @@ def add(path: Path, name: str, record: Record) -> None:
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
+    handle = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
