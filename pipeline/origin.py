@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from onnx import NodeProto
+    from torch.export import ExportedProgram
+    from torch.fx import Node
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 TRACE = "pkg.torch.onnx.stack_trace"
@@ -66,3 +68,26 @@ def module_of(node: NodeProto) -> str:
     # the last entry is the operation itself, and capture's wrapper holds the user's module as `model`
     path = str(found[-2])
     return path.removeprefix("model").removeprefix(".") if found[1] == "model" else path
+
+
+def of_program_error(program: ExportedProgram, message: str) -> str:
+    """What is known about the first operator of `program` that a compiler's `message` names, as `of_error` tells it."""
+    words = {word.strip(".:,'\"").replace("::", ".") for word in _WORD.findall(message)}
+    for node in program.graph.nodes:
+        name = str(node.target)  # aten.sort.default
+        if node.op == "call_function" and ({name, name.rpartition(".")[0]} & words or node.name in words):
+            return f" (operator `{name.rpartition('.')[0].replace('.', '::', 1) or name}`{_of_call(node)})"
+    return ""
+
+
+def module_of_call(node: Node) -> str:
+    """Path of the user's module that calls the operator, as ``named_modules`` spells it; ``""`` if unknown."""
+    stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    path = stack[-1].removeprefix("L['self'].") if stack else ""
+    return path.removeprefix("model").removeprefix(".") if path.startswith("model") else path
+
+
+def _of_call(node: Node) -> str:
+    module, lines = module_of_call(node), _LINE.findall(node.meta.get("stack_trace") or "")
+    mine = [line for line in lines if not line[0].startswith(("torch/", "pipeline/", "<"))] or lines
+    return (f", in module `{module}`" if module else "") + (f", at {mine[-1][0]}:{mine[-1][1]}" if mine else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import logging
 import re
@@ -12,15 +13,20 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.export import ExportedProgram
 
-from pipeline import recipes
+from pipeline import dims, recipes
 from pipeline.errors import StoreError
 from pipeline.store import Stored
-from pipeline.types import Recipe
+from pipeline.types import Recipe, Runner, Signature, Sizes
+
+if TYPE_CHECKING:
+    from pipeline.types import Tensors
 
 FILE = "program.pt2"
 DTYPES: dict[str, torch.dtype] = {
@@ -66,13 +72,14 @@ def _torch_loggers() -> list[logging.Logger]:
 
 
 def load(path: Path) -> ExportedProgram:
-    """The program in the file `path`; custom operators that it uses must be registered already.
+    """The program in the file `path`; custom operators that it uses must be registered already (PT2E's are, here).
 
     Raises:
         StoreError: it can't be read.
     """
     try:
         with quiet():
+            importlib.import_module("torch.ao.quantization.fx._decomposed")  # registers what PT2E writes
             return torch.export.load(path)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
@@ -102,6 +109,39 @@ def runnable(program: ExportedProgram) -> Callable[..., Any]:
     return program.module(check_guards=False)
 
 
+def examples(signature: Signature, sizes: Sizes | None = None) -> tuple[torch.Tensor, ...]:
+    """Zeros in the place of each input, at these sizes; without any, every axis is at its opt."""
+    sizes = sizes or {name: axis.opt for name, axis in signature.axes.items()}
+    return tuple(
+        torch.zeros([dims.size_of(dim, sizes) for dim in spec.shape], dtype=DTYPES[spec.dtype])
+        for spec in signature.inputs
+    )
+
+
+def runner(call: Callable[..., Any], signature: Signature, device: str = "cpu") -> Runner:
+    """A function of torch tensors, by position, as a runner: arrays by name in, arrays of the caller's own out."""
+
+    def run(feeds: Tensors) -> dict[str, NDArray[Any]]:
+        # copies: a program may write into its inputs, and may return them or its own constants
+        arguments = [torch.from_numpy(np.array(feeds[spec.name], order="C")).to(device) for spec in signature.inputs]
+        with torch.inference_mode():
+            found = call(*arguments)
+        return {spec.name: value.numpy(force=True).copy() for spec, value in zip(signature.outputs, found, strict=True)}
+
+    return run
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Inside, torch runs an operator with `count` threads; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def save(program: ExportedProgram, path: Path, root: Path) -> None:
     """Write `program` with the same bytes on every machine: no example inputs, and source paths relative to `root`.
 
@@ -115,10 +155,20 @@ def save(program: ExportedProgram, path: Path, root: Path) -> None:
                 node.meta.pop("from_node", None)  # of a program that was traced again: it has addresses of this process
                 if node.meta.get("stack_trace"):
                     node.meta["stack_trace"] = without_paths(node.meta["stack_trace"], root)
+    with opened(path) as file, quiet():
+        torch.export.save(program, file)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """A new file for torch's writer to write; what goes wrong with it is raised at the end.
+
+    Raises:
+        OSError: the disk is full, or something else with the file.
+    """
     with path.open("wb") as file:
         patient = _Patient(file)
-        with quiet():
-            torch.export.save(program, cast("IO[bytes]", patient))
+        yield cast("IO[bytes]", patient)
         if patient.failure is not None:
             raise patient.failure
 

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnxruntime
-import torch
 from numpy.typing import NDArray
 
 from pipeline import program as programs
@@ -33,21 +31,8 @@ def eager(program: Stored, threads: int | None = None) -> Iterator[Runner]:
         BuildError: the program's file is broken.
     """
     module = programs.runnable(programs.load(program.file(programs.FILE)))
-    signature = program.signature()
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-    def run(feeds: Tensors) -> Outputs:
-        arguments = [torch.from_numpy(np.array(feeds[spec.name], order="C")) for spec in signature.inputs]
-        with torch.inference_mode():
-            found = module(*arguments)
-        return {spec.name: value.numpy().copy() for spec, value in zip(signature.outputs, found, strict=True)}
-
-    try:
-        yield run
-    finally:
-        torch.set_num_threads(before)
+    with programs.threads(threads):
+        yield programs.runner(module, program.signature())
 
 
 def written(path: Path) -> Runner:
@@ -66,8 +51,12 @@ def written(path: Path) -> Runner:
 
 @contextlib.contextmanager
 def as_written(model: Stored) -> Iterator[Runner]:
-    """`written`, for an artifact."""
-    yield written(model.file("model.onnx"))
+    """What an artifact says, as it is written: a graph, or a program in a form that its backend reads."""
+    if "model.onnx" in model.artifact.files:
+        yield written(model.file("model.onnx"))
+        return
+    with eager(model) as run:
+        yield run
 
 
 class Answers:

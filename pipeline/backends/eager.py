@@ -16,12 +16,8 @@ from pipeline.types import Runner, Scheme, Target
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from typing import Any
-
-    from numpy.typing import NDArray
 
     from pipeline.store import Stored
-    from pipeline.types import Tensors
 
 FILE = "program.pt2"
 
@@ -61,9 +57,6 @@ class Eager:
         Raises:
             BuildError: the file is broken.
         """
-        import numpy as np
-        import torch
-
         from pipeline import program
 
         try:
@@ -71,22 +64,8 @@ class Eager:
         except StoreError as error:
             raise BuildError(error.message, hint=error.hint) from error
         signature = engine.signature()
-
-        def run(feeds: Tensors) -> dict[str, NDArray[Any]]:
-            # copies: a program may write into its inputs, and may return them or its own constants
-            arguments = [torch.from_numpy(np.array(feeds[spec.name], order="C")) for spec in signature.inputs]
-            with torch.inference_mode():
-                found = module(*arguments)
-            return {
-                spec.name: value.detach().numpy().copy() for spec, value in zip(signature.outputs, found, strict=True)
-            }
-
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads or before)
-        try:
-            yield checked(run, signature)
-        finally:
-            torch.set_num_threads(before)
+        with program.threads(threads):
+            yield checked(program.runner(module, signature), signature)
 
 
 BACKEND = Eager()
