@@ -1,10 +1,11 @@
 """TVM's engines beside ONNX Runtime's FP32 one: latency with dynamic and with fixed sizes, in INT8, cost to build.
 
-    python benchmarks/tvm.py [--only NAME ...] [--seconds 3] [--workspace DIR] [--out docs/tvm.md]
+    python benchmarks/tvm.py [--only NAME ...] [--seconds 3] [--tune MINUTES] [--workspace DIR] [--out docs/tvm.md]
 
 resnet50, minilm and digits are this workspace's recipes, mobilenetv2 is a network of transformers with seeded
 weights. All run at the opt size of each axis, turn by turn. Engines with fixed sizes are built from the same graphs,
-whose axes are given those sizes. An engine that is slower than it must be is named at the end, and the status is 1.
+whose axes are given those sizes. Tuned ones take the records of ``targets/tuning/``, to which ``--tune`` adds. An
+engine that is slower than it must be is named at the end, and the status is 1.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from benchmarks import architectures
 from benchmarks import side_by_side as sides
 from pipeline import backends, fixing, run, samples, store
 from pipeline.errors import NotApplicable
-from pipeline.job import Job
+from pipeline.job import TUNING, Job
 from pipeline.stages.benchmark import timed_threads
 from pipeline.stages.build import build
+from pipeline.stages.tune import tune
 from pipeline.store import Key, Stored
-from pipeline.types import Runner, Scheme, Target
+from pipeline.types import Runner, Scheme, Target, no_report
 from pipeline.workspace import Workspace
 
 TARGET = "linux-x86_64-tvm"
@@ -44,13 +46,15 @@ MOBILE = architectures._vision(
     "mobilenetv2", "MobileNetV2", {"depth_multiplier": 1.0, "image_size": 224}, "reduce_1x1.normalization"
 )
 NAMES = ("resnet50", "minilm", "mobilenetv2", "digits")
-FORMS: Mapping[str, tuple[Scheme, bool]] = {
-    "fp32 fixed": ("fp32", True),
-    "fp32 dynamic": ("fp32", False),
-    "int8 fixed": ("int8-u8s8", True),
-    "int8 dynamic": ("int8-u8s8", False),
+FORMS: Mapping[str, tuple[Scheme, bool, bool]] = {  # numeric form, fixed sizes, tuned
+    "fp32 fixed": ("fp32", True, False),
+    "fp32 fixed, tuned": ("fp32", True, True),
+    "fp32 dynamic": ("fp32", False, False),
+    "fp32 dynamic, tuned": ("fp32", False, True),
+    "int8 fixed": ("int8-u8s8", True, False),
+    "int8 dynamic": ("int8-u8s8", False, False),
 }
-MOST = {"fp32 fixed": 1.15, "fp32 dynamic": 1.5}  # of ONNX Runtime's time
+MOST = {"fp32 fixed": 1.15, "fp32 fixed, tuned": 1.0, "fp32 dynamic": 1.5}  # of ONNX Runtime's time
 FASTER = 2.0  # INT8 over TVM's own fp32, with the same sizes
 TOO_SMALL = ("digits",)  # a call costs more than the work: reported, not judged
 
@@ -92,9 +96,9 @@ def job_of(name: str, root: Path) -> Job:
 
 def graph(job: Job, scheme: Scheme, fixed: bool, folder: Path) -> Stored:
     """The graph in the form `scheme`; with `fixed`, each axis has its opt size."""
-    for _, make in job.graph_steps(scheme):
+    for _, make in job.form_steps(job.targets[0], scheme):
         make()
-    reason = job.left_out(scheme)
+    reason = job.left_out(job.targets[0], scheme)
     if reason is not None:
         raise NotApplicable(reason)
     found = job.onnx(scheme).stored
@@ -102,9 +106,24 @@ def graph(job: Job, scheme: Scheme, fixed: bool, folder: Path) -> Stored:
     return fixing.fixed(found, "onnx", opt, folder) if fixed else found
 
 
-def make(model: Stored, target: Target, scheme: Scheme, folder: Path) -> Built:
+def records_of(model: Stored, target: Target, folder: Path, minutes: int) -> Path:
+    """The folder with the choices that the records have for `model`; with `minutes`, what they lack is measured."""
+    row = target.model_copy(update={"options": {"tune": f"minutes:{minutes}" if minutes else "cached"}})
+    shared = sides.ROOT / TUNING / str(backends.tuning_file(row))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+    def told(done: int, total: int, what: str) -> None:
+        print(f"{folder.parent.name}: {done} of {total} {what}", file=sys.stderr, flush=True)
+
+    print(tune(backends.tuner("tvm"), model, row, shared, folder, told if minutes else no_report), file=sys.stderr)
+    return folder
+
+
+def make(model: Stored, target: Target, scheme: Scheme, folder: Path, choices: Path | None) -> Built:
     """Build in a process of its own, which can say how much memory that took."""
-    command = [sys.executable, __file__, "--build", str(model.path), target.model_dump_json(), scheme, str(folder)]
+    given = [str(model.path), target.model_dump_json(), scheme, str(folder), str(choices or "")]
+    command = [sys.executable, __file__, "--build", *given]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -112,29 +131,31 @@ def make(model: Stored, target: Target, scheme: Scheme, folder: Path) -> Built:
     return Built(store.load(folder), told["seconds"], told["peak_mb"])
 
 
-def build_here(model: str, target: str, scheme: str, folder: str) -> None:
+def build_here(model: str, target: str, scheme: str, folder: str, choices: str) -> None:
     """What `make` starts."""
-    row = Target.model_validate_json(target)
+    row, tuning = Target.model_validate_json(target), Path(choices) if choices else None
     begun = time.perf_counter()
-    store.make(Path(folder), Key("engine"), lambda out: build(store.load(Path(model)), row, scheme, out))  # type: ignore[arg-type]
+    store.make(Path(folder), Key("engine"), lambda out: build(store.load(Path(model)), row, scheme, out, tuning))  # type: ignore[arg-type]
     seconds = time.perf_counter() - begun
     # not `getrusage`, whose peak is that of the process which started this one, if that was larger
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     print(json.dumps({"seconds": seconds, "peak_mb": int(peak.split()[1]) / 1024}))
 
 
-def measured(name: str, root: Path, seconds: float) -> Found:
+def measured(name: str, root: Path, seconds: float, minutes: int) -> Found:
     """Build every form of one model, then time them in turn with ONNX Runtime."""
     with contextlib.closing(job_of(name, root)) as job:
         opt = {axis: found.opt for axis, found in job.recipe.axes.items()}
         found = Found(name, ", ".join(f"{axis} {size}" for axis, size in opt.items()))
         row, other = job.targets
+        row = row.model_copy(update={"options": {}})
         shutil.rmtree(root / "engines" / name, ignore_errors=True)  # they may be of older code
-        for form, (scheme, fixed) in FORMS.items():
-            folder = root / "engines" / name / form.replace(" ", "-")
+        for form, (scheme, fixed, tuned) in FORMS.items():
+            folder = root / "engines" / name / form.replace(", ", "-").replace(" ", "-")
             try:
                 model = graph(job, scheme, fixed, folder / "onnx")
-                found.built[form] = make(model, row, scheme, folder / "engine")
+                choices = records_of(model, row, folder / "choices", minutes) if tuned else None
+                found.built[form] = make(model, row, scheme, folder / "engine", choices)
             except (NotApplicable, RuntimeError) as error:
                 found.refused[form] = str(error)
         engines = {form: (one.engine, row) for form, one in found.built.items()}
@@ -208,6 +229,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing, for each engine and number of threads")
+    parser.add_argument("--tune", type=int, default=0, metavar="MINUTES", help="measure what has no record yet")
     parser.add_argument("--out", type=Path, help="page whose table to replace")
     parser.add_argument("--workspace", type=Path, help="folder to work in and to keep; a temporary one if not given")
     options = parser.parse_args()
@@ -216,7 +238,7 @@ def main() -> int:
         root = options.workspace or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         every = []
         for name in options.only:
-            every.append(measured(name, root.resolve(), options.seconds))
+            every.append(measured(name, root.resolve(), options.seconds, options.tune))
             print(f"{name}: {every[-1].ratio}", file=sys.stderr, flush=True)
     words = ["python benchmarks/tvm.py", *(["--only", *options.only] if options.only != list(NAMES) else [])]
     text = page(every, " ".join(words), load)

@@ -107,6 +107,7 @@ def _all(job: Job, bump: Bump | None) -> Outcome:
         verdict, state = _one_target(job, target, ready)
         verdicts.append(verdict)
         states.append(state)
+    verdicts = run.resolved(job, verdicts)
     page = _report(job, verdicts)
     if any(verdict.status == "failed" for verdict in verdicts):
         raise TargetsFailedError(verdicts, page)
@@ -138,7 +139,7 @@ def _forms(job: Job) -> dict[str, Callable[[], Made]]:
     for target in job.targets:
         if job.missing(target) is None:
             for scheme in target.schemes:
-                found |= dict(job.graph_steps(scheme))
+                found |= dict(job.form_steps(target, scheme))
     return found
 
 

@@ -51,15 +51,28 @@ class Candidate(Tried):
 
 
 def of(job: Job, verdict: Verdict) -> list[Candidate]:
-    """Every form of the verdict's target, in the row's order; none where nothing was built."""
+    """Every form of the verdict's target, in the row's order; none where nothing was built.
+
+    Of a row that chooses, every form of the rows that it chose among.
+    """
+    if verdict.rows:
+        return [_of_row(verdict, row, one) for row in verdict.rows for one in of(job, row)]
     if verdict.status == "not built here":
         return []
     return [_candidate(job, verdict, scheme) for scheme in verdict.target.schemes]
 
 
-def numbers(found: list[Candidate]) -> tuple[Tried, ...]:
-    """What of them a manifest keeps."""
-    return tuple(Tried.model_validate(one.model_dump(include=set(Tried.model_fields))) for one in found)
+def numbers(found: list[Candidate], target: Target) -> tuple[Tried, ...]:
+    """What of them the manifest keeps with `target`."""
+    kept = [Tried.model_validate(one.model_dump(include=set(Tried.model_fields))) for one in found]
+    return tuple(one.model_copy(update={"target": None}) if one.target == target.name else one for one in kept)
+
+
+def _of_row(verdict: Verdict, row: Verdict, one: Candidate) -> Candidate:
+    """A form of one of the rows among which the verdict's target chose."""
+    if not one.chosen or row.target.name == verdict.built_for:
+        return one
+    return one.model_copy(update={"chosen": False, "outcome": "the best of its row, which another one outdoes"})
 
 
 def _candidate(job: Job, verdict: Verdict, scheme: Scheme) -> Candidate:
@@ -71,7 +84,7 @@ def _candidate(job: Job, verdict: Verdict, scheme: Scheme) -> Candidate:
     }
     audit = verdict.audits.get(scheme)
     if audit is not None:  # so it was built
-        graph = job.onnx(scheme).stored
+        graph = job.form(verdict.target, scheme).stored
         found |= {
             "size_bytes": job.engine(verdict.target, scheme).stored.size_bytes,
             "method": graph.artifact.facts.get("method"),

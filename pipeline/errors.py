@@ -129,6 +129,13 @@ def last_line(error: BaseException) -> str:
     return text[:300] if type(error).__name__ in text else f"{type(error).__name__}: {text}"[:300]
 
 
+def root_line(error: BaseException) -> str:
+    """The first line of what an exception began with: compilers wrap each other's failures; 300 characters."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {first_line(error)}"[:300]
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice most like `name`, or None when nothing is close."""
     known = list(choices)

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx
 from pydantic import JsonValue, ValidationError
@@ -74,7 +74,21 @@ def _decibels(one: Distance) -> float:
     return -10 * math.log10(wrong) if wrong > 0 else math.inf
 
 
-def outside(recipe: Recipe, trial: Trial, slack: float = 0.0) -> list[str]:
+class Measured(Protocol):
+    """What a budget is asked of: how far the metric falls, and the distance of each output from eager fp32."""
+
+    @property
+    def drop(self) -> float:
+        """In the metric's unit."""
+        ...
+
+    @property
+    def vs_eager(self) -> tuple[Distance, ...]:
+        """Of each output."""
+        ...
+
+
+def outside(recipe: Recipe, trial: Measured, slack: float = 0.0) -> list[str]:
     """Where `trial` breaks the recipe's budget, in words; empty when it holds with a small margin.
 
     Args:

@@ -44,7 +44,13 @@ class Maker:
 
 @dataclass
 class Job:
-    """See the module; `made` remembers what this job has made or verified, so that it is done once."""
+    """See the module.
+
+    Attributes:
+        targets: rows to build, those among which a row of `asked` chooses included.
+        asked: rows that the user wants; `targets` if empty.
+        made: what this job has made or verified, so that it is done once.
+    """
 
     workspace: Workspace
     recipe: Recipe
@@ -52,6 +58,7 @@ class Job:
     given_checkpoint: Path | None = None
     report: Reporter = no_report
     maker: Maker = field(default_factory=Maker)
+    asked: list[Target] = field(default_factory=list)
     made: dict[str, Made] = field(default_factory=dict)
     _answers: Answers | None = None
 
@@ -223,11 +230,8 @@ class Job:
         def work(out: Path) -> Mapping[str, JsonValue]:
             try:
                 return self._searched(scheme, out) if static else self._converted(scheme, out)
-            except NotApplicable as error:  # a fact about the model: kept, so that it isn't found out again
-                shutil.rmtree(out)
-                out.mkdir()
-                write_json(out / NOT_APPLICABLE, {"scheme": scheme, "reason": error.message})
-                return {"reason": error.message}
+            except NotApplicable as error:
+                return _not_applicable(scheme, error, out)
 
         return self._make(f"onnx/{scheme}", key, work)
 
@@ -244,21 +248,55 @@ class Job:
         ranges = self.statistics().stored
         return search(self.recipe, self._fp32().stored, scheme, ranges, self.answers(), out, journal, self.report)
 
-    def graph_steps(self, scheme: Scheme) -> Iterator[tuple[str, Callable[[], Made]]]:
-        """What leads from the fp32 graph to the graph in this numeric form; nothing where it can't be made."""
+    def quantized_program(self, scheme: Scheme, quantizer: str) -> Made:
+        """The program in an INT8 form, for backends that build from programs."""
+
+        def key() -> Key:
+            metric = self.recipe.evaluation.metric
+            inputs = {
+                "program": self.program().stored.digest,
+                "data": self.data().stored.digest,
+                "code": recipes.code_digest(self.recipe, metric),
+            }
+            config = self.recipe.model_dump(mode="json", include={"outputs", "evaluation", "budget"})
+            tools = _tools("torch", "torchao", "numpy") | recipes.code_tools(self.recipe, metric)
+            return Key("program", inputs, config | {"scheme": scheme, "quantizer": quantizer}, tools)
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline.stages.quantize_program import quantize_program
+
+            program, data = self.program().stored, self.data().stored
+            try:
+                return quantize_program(self.recipe, program, data, scheme, quantizer, self.answers(), out, self.report)
+            except NotApplicable as error:
+                return _not_applicable(scheme, error, out)
+
+        return self._make(f"programs/{scheme}-{quantizer}", key, work)
+
+    def form(self, target: Target, scheme: Scheme) -> Made:
+        """The model in one numeric form, as `target` is meant to keep it: what its engines are compared with."""
+        quantizer = backends.quantizer(target, scheme)
+        return self.onnx(scheme) if quantizer is None else self.quantized_program(scheme, quantizer)
+
+    def form_steps(self, target: Target, scheme: Scheme) -> Iterator[tuple[str, Callable[[], Made]]]:
+        """What leads from the model in fp32 to `form`; nothing where that can't be made."""
         if scheme == "fp32" or (scheme in STATIC_SCHEMES and self.recipe.calibration is None):
+            return
+        quantizer = backends.quantizer(target, scheme)
+        if quantizer is not None:
+            yield f"programs/{scheme}-{quantizer}", partial(self.quantized_program, scheme, quantizer)
             return
         if scheme in STATIC_SCHEMES:
             yield "statistics", self.statistics
         yield f"onnx/{scheme}", partial(self._quantized, scheme)
 
-    def left_out(self, scheme: Scheme) -> str | None:
+    def left_out(self, target: Target, scheme: Scheme) -> str | None:
         """Why this numeric form doesn't exist for this model, or None if it does."""
         if scheme == "fp32":
             return None
         if scheme in STATIC_SCHEMES and self.recipe.calibration is None:
             return "needs [calibration] data"
-        made = self.onnx(scheme)
+        made = self.form(target, scheme)
         if NOT_APPLICABLE in made.stored.artifact.files:
             return f"does not apply: {made.stored.artifact.facts.get('reason')}"
         return None
@@ -302,8 +340,9 @@ class Job:
 
     def _source(self, target: Target, scheme: Scheme) -> Made:
         """What the row's backend builds from."""
-        source = backends.find(target.backend).source(target)
-        return self.program() if source == "program" else self.onnx(scheme)
+        if backends.find(target.backend).source(target) == "onnx" or backends.quantizer(target, scheme) is not None:
+            return self.form(target, scheme)
+        return self.program()
 
     def engine(self, target: Target, scheme: Scheme) -> Made:
         """The engine of one target in one numeric form.
@@ -341,7 +380,7 @@ class Job:
             metric = (self.recipe.evaluation.metric, self.recipe.feeds)
             inputs = {
                 "engine": self.engine(target, scheme).stored.digest,
-                "onnx": self.onnx(scheme).stored.digest,
+                "onnx": self.form(target, scheme).stored.digest,
                 "program": self.program().stored.digest,
                 "data": self.data().stored.digest,
                 "code": recipes.code_digest(self.recipe, *metric),
@@ -356,7 +395,7 @@ class Job:
         def work(out: Path) -> Mapping[str, JsonValue]:
             from pipeline.stages.parity import parity
 
-            engine, model = self.engine(target, scheme).stored, self.onnx(scheme).stored
+            engine, model = self.engine(target, scheme).stored, self.form(target, scheme).stored
             return parity(self.recipe, engine, model, self.answers(), target, scheme, out, self.report)
 
         self._must_run(target)
@@ -370,14 +409,15 @@ class Job:
         """What the engine really runs in INT8. It is read, not run, so that any host can tell."""
 
         def key() -> Key:
-            inputs = {"engine": self.engine(target, scheme).stored.digest, "onnx": self.onnx(scheme).stored.digest}
+            model = self.form(target, scheme).stored
+            inputs = {"engine": self.engine(target, scheme).stored.digest, "onnx": model.digest}
             config: dict[str, JsonValue] = {"backend": target.backend, "target": target.name, "scheme": scheme}
             return Key("audit", inputs, config, _tools("onnx", "onnxruntime"))
 
         def work(out: Path) -> Mapping[str, JsonValue]:
             from pipeline.stages.audit import audit
 
-            return audit(self.engine(target, scheme).stored, self.onnx(scheme).stored, target, scheme, out)
+            return audit(self.engine(target, scheme).stored, self.form(target, scheme).stored, target, scheme, out)
 
         return self._make(f"audit/{target.name}/{scheme}", key, work)
 
@@ -431,6 +471,14 @@ class Job:
         if self._answers is not None:
             self._answers.close()
             self._answers = None
+
+
+def _not_applicable(scheme: Scheme, error: NotApplicable, out: Path) -> Mapping[str, JsonValue]:
+    """What is kept of a form that means nothing for a model: a fact about it, not to be found out again."""
+    shutil.rmtree(out)
+    out.mkdir()
+    write_json(out / NOT_APPLICABLE, {"scheme": scheme, "reason": error.message})
+    return {"reason": error.message}
 
 
 def check_checkpoint_file(path: Path) -> None:

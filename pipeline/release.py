@@ -59,7 +59,9 @@ def publish(job: Job, verdicts: Sequence[Verdict], bump: Bump = "patch", *, allo
                 return Published(str(release.version), release.tag, path, fresh=False)
         version = str(tags.next_version([release.version for release in existing], bump))
         with _kept(job.folder / "release", {str(release.version) for release in existing}):
-            tried = {found.target.name: candidates.numbers(candidates.of(job, found)) for found in verdicts}
+            tried = {
+                found.target.name: candidates.numbers(candidates.of(job, found), found.target) for found in verdicts
+            }
             made = _lay_out(job, chosen, skipped, tried, version, git.head(root), dirty=bool(dirty))
             path = made.stored.file(manifest.FILE)
             message = "\n".join(f"{item.target.name}: {item.scheme}" for item in chosen)
@@ -198,17 +200,23 @@ def steps(job: Job, chosen: Sequence[Chosen]) -> list[Step]:
         found.append(
             _step(job, f"onnx/{scheme}", [_out(name, "onnx/fp32"), *(measured if scheme in STATIC_SCHEMES else [])])
         )
+    for step in sorted(step for step in job.made if step.startswith("programs/")):
+        found.append(_step(job, step, [_out(name, "program"), _out(name, "data"), *_sources(job, *metric)]))
     built = [target for target in job.targets if any(step.startswith(f"engine/{target.name}/") for step in job.made)]
     for target in built:
         found += _target_steps(job, target, _sources(job, *metric, *feeds))
-    evidence = [_out(name, f"{kind}/{item.target.name}") for item in chosen for kind in ("engine", "parity", "latency")]
+    evidence = [
+        _out(name, f"{kind}/{item.built_for or item.target.name}")
+        for item in chosen
+        for kind in ("engine", "parity", "latency")
+    ]
     return [*found, _step(job, "release", evidence)]
 
 
 def _target_steps(job: Job, target: Target, code: list[str]) -> list[Step]:
     name = job.recipe.name
-    schemes: list[Scheme] = [scheme for scheme in target.schemes if f"onnx/{scheme}" in job.made]
-    graphs = [_out(name, f"onnx/{scheme}") for scheme in schemes]
+    forms = [step for scheme in target.schemes for step in _forms(job, target, scheme)]
+    graphs = [_out(name, step) for step in forms if step in job.made]
     row = {"targets/targets.toml": (f"targets.{target.name}",)}
     sources, found = [*graphs, _out(name, "program")], []
     if any(step.startswith(f"tuning/{target.name}/") for step in job.made):
@@ -223,6 +231,12 @@ def _target_steps(job: Job, target: Target, code: list[str]) -> list[Step]:
     if f"latency/{target.name}" in job.made:
         found.append(_step(job, f"latency/{target.name}", [_out(name, f"engine/{target.name}"), _out(name, "program")]))
     return found
+
+
+def _forms(job: Job, target: Target, scheme: Scheme) -> list[str]:
+    """The folder with the model in this numeric form."""
+    found = ["onnx/fp32"] if scheme == "fp32" else [step for step, _ in job.form_steps(target, scheme)]
+    return found[-1:]
 
 
 def _step(job: Job, step: str, deps: Sequence[str], params: Mapping[str, tuple[str, ...]] | None = None) -> Step:

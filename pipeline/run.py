@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,6 +48,8 @@ class Verdict:
         candidates: every form that was built and compared.
         left_out: every form that measuring had no need to look at, and why.
         audits: of every form that was built.
+        rows: for a row that chooses, the verdicts on those that it chose among.
+        built_for: as in `Chosen`.
     """
 
     target: Target
@@ -61,6 +63,8 @@ class Verdict:
     left_out: Mapping[Scheme, str] = field(default_factory=dict)
     audits: Mapping[Scheme, Audit] = field(default_factory=dict)
     exit_code: int = 0
+    rows: tuple[Verdict, ...] = ()
+    built_for: str | None = None
 
     def chosen(self) -> Chosen:
         """This as what a release ships."""
@@ -68,7 +72,7 @@ class Verdict:
         assert self.parity is not None
         assert self.latency is not None
         assert self.scheme is not None
-        return Chosen(self.target, self.scheme, self.engine, self.parity, self.latency, self.reason)
+        return Chosen(self.target, self.scheme, self.engine, self.parity, self.latency, self.reason, self.built_for)
 
 
 def prepare(
@@ -98,12 +102,13 @@ def prepare(
     rows = workspace.rows()
     found = workspace.recipe(recipe)
     names = targets or found.targets or tuple(rows)
-    chosen = rows_of.select(rows, names)
+    asked = rows_of.select(rows, names)
+    chosen = rows_of.to_build(rows, asked)
     for target in chosen:
         rows_of.check_options(target, backends.find(target.backend).option_names)
     if checkpoint is not None:
         check_checkpoint_file(checkpoint)
-    job = Job(workspace, found, chosen, checkpoint and checkpoint.resolve(), report)
+    job = Job(workspace, found, chosen, checkpoint and checkpoint.resolve(), report, asked=asked)
     if maker is not None:
         job.maker = maker
     return job
@@ -126,7 +131,7 @@ def export(job: Job, jobs: int = 1, watch: Watcher = ignore) -> list[Verdict]:
         buildable = [target for target in job.targets if job.missing(target) is None]
         if jobs > 1 and len(buildable) > 1:
             _build_at_once(job, buildable, jobs, watch)
-        return [verdict(job, target, watch) for target in job.targets]
+        return resolved(job, [verdict(job, target, watch) for target in job.targets])
 
 
 def upstream(job: Job) -> Iterator[tuple[str, Callable[[], Made]]]:
@@ -166,15 +171,52 @@ def verdict(job: Job, target: Target, watch: Watcher = ignore) -> Verdict:
     return judge(job, target, parities, left_out, watch)
 
 
+def resolved(job: Job, verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts on the rows that were asked for: one that chooses gets that on the best of its rows.
+
+    Args:
+        job: what was done.
+        verdicts: on each of its targets.
+    """
+    found = {one.target.name: one for one in verdicts}
+    return [
+        _best(target, [found[name] for name in target.candidates]) if target.candidates else found[target.name]
+        for target in job.asked or job.targets
+    ]
+
+
+def _best(target: Target, rows: Sequence[Verdict]) -> Verdict:
+    """The verdict on a row that chooses: of its `rows`, that on the fastest which passed, under its own name."""
+    name, reason = choice.fastest_row({row.target.name: (row.latency, row.scheme) for row in rows if row.engine})
+    others = [f"{row.target.name} {row.status}: {row.reason}" for row in rows if row.status != "passed"]
+    if name is None:
+        statuses: tuple[Status, ...] = ("failed", "not verified", "not built here")
+        worst = next(row for status in statuses for row in rows if row.status == status)
+        told = "; ".join(["none of its rows passed", *others])
+        return Verdict(target, worst.status, told, rows=tuple(rows), exit_code=worst.exit_code)
+    best = next(row for row in rows if row.target.name == name)
+    assert best.parity is not None
+    assert best.scheme is not None
+    return replace(
+        best,
+        target=best.target.model_copy(update={"name": target.name, "summary": target.summary, "pool": target.pool}),
+        reason="; ".join([reason, *others]),
+        candidates={best.scheme: best.parity},
+        left_out={},
+        rows=tuple(rows),
+        built_for=name,
+    )
+
+
 def candidates(job: Job, target: Target, watch: Watcher = ignore) -> tuple[list[Scheme], dict[Scheme, str]]:
     """Build each candidate of `target`; those that could be built, and why the others could not."""
     built: list[Scheme] = []
     left_out: dict[Scheme, str] = {}
     for scheme in target.schemes:
         try:
-            for step, make in job.graph_steps(scheme):
+            for step, make in job.form_steps(target, scheme):
                 timed(step, make, watch)
-            reason = job.left_out(scheme)
+            reason = job.left_out(target, scheme)
             if reason is not None:
                 left_out[scheme] = reason
                 continue
@@ -340,11 +382,10 @@ def status(job: Job) -> list[StepState]:
 
 def _look_at_candidate(job: Job, target: Target, scheme: Scheme) -> list[StepState]:
     found = []
-    if scheme != "fp32":
-        graph = _look(job, f"onnx/{scheme}", lambda: job.onnx(scheme))
-        found.append(graph)
-        if graph.fresh and job.left_out(scheme) is not None:
-            return found
+    for step, make in job.form_steps(target, scheme):
+        found.append(_look(job, step, make))
+    if found and found[-1].fresh and job.left_out(target, scheme) is not None:
+        return found
     if job.tunes(target):
         found.append(_look(job, f"tuning/{target.name}/{scheme}", lambda: job.tuning(target, scheme)))
     found.append(_look(job, f"engine/{target.name}/{scheme}", lambda: job.engine(target, scheme)))
@@ -359,7 +400,7 @@ def _look_at_latency(job: Job, target: Target, compared: Sequence[StepState]) ->
     stale = next((state for state in compared if not state.fresh), None)
     if stale is not None:
         return StepState(step, False, f"waits for {stale.step}")
-    left = [scheme for scheme in target.schemes if job.left_out(scheme) is None]
+    left = [scheme for scheme in target.schemes if job.left_out(target, scheme) is None]
     shallow = _shallow(job, {scheme: job.audit_report(target, scheme) for scheme in left})
     passed = tuple(scheme for scheme in left if scheme not in shallow and job.parity_report(target, scheme).passed)
     if not passed:
@@ -393,6 +434,9 @@ def make_step(job: Job, step: str, watch: Watcher = ignore) -> Path:
             timed(step, simple[step], watch)
         elif kind == "onnx" and rest:
             timed(step, partial(job.onnx, _scheme(rest)), watch)
+        elif kind == "programs" and rest:
+            scheme, _, quantizer = rest.rpartition("-")
+            timed(step, partial(job.quantized_program, _scheme(scheme), quantizer), watch)
         elif kind in PER_TARGET and rest:
             _make_for_target(job, kind, rows_of.select(job.workspace.rows(), [rest])[0], watch)
         elif step == "release":

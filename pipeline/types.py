@@ -318,6 +318,7 @@ class Target(Frozen):
         vs_onnx: for each scheme, how far an engine may be from the ONNX graph that it was built from.
         pool: Prefect work pool whose workers can build and run it.
         device: where its engines are run; without it, on this host or under an emulator.
+        candidates: for a row of the backend ``auto``: the rows among which it chooses; it has no schemes of its own.
         buckets: fixed sizes, one engine for each combination (`pipeline.buckets`); None is one engine for all sizes.
             In the file ``"auto"`` stands for an empty table.
     """
@@ -329,8 +330,9 @@ class Target(Frozen):
     arch: str
     summary: str = ""
     requires: tuple[str, ...] = ()
-    schemes: Annotated[tuple[Scheme, ...], BeforeValidator(_tuple)] = Field(min_length=1)
-    vs_onnx: Mapping[Scheme, Tolerance]
+    schemes: Annotated[tuple[Scheme, ...], BeforeValidator(_tuple)] = ()
+    vs_onnx: Mapping[Scheme, Tolerance] = {}
+    candidates: Annotated[tuple[Name, ...], BeforeValidator(_tuple)] = ()
     pool: str = "cpu"
     options: Mapping[str, str | int | bool] = {}
     device: Device | None = None
@@ -338,6 +340,12 @@ class Target(Frozen):
 
     @model_validator(mode="after")
     def _covered(self) -> Target:
+        if bool(self.candidates) != (self.backend == "auto"):
+            raise ValueError("a row of the backend `auto` names the rows of `candidates`, and no other row does")
+        if bool(self.candidates) == bool(self.schemes):
+            raise ValueError(
+                "`schemes` is for rows that are built, and this one only chooses" if self.schemes else "needs `schemes`"
+            )
         for scheme in self.schemes:
             if scheme not in self.vs_onnx:
                 raise ValueError(f"scheme `{scheme}` has no tolerance in `vs_onnx`")
@@ -542,6 +550,7 @@ class Backend(Protocol):
         schemes: numeric forms that it can carry.
         static_only: optional; True if it can only build models without dynamic axes, so that its rows need `buckets`
             for any other model. Where only some models are such, its `build` raises `pipeline.buckets.needed`.
+        quantizer: optional; for a backend that reads programs, which of `pipeline.quantizers` makes their INT8 forms.
     """
 
     name: str
@@ -629,6 +638,7 @@ class Tried(Frozen):
     """One numeric form that was tried for a target, and what was found out about it.
 
     Attributes:
+        target: the row that it was built for, where the release's own only chooses among rows.
         outcome: ``chosen``, or why not.
         method: how activation ranges were read; None where there are none to read.
         size_bytes: of the engine's files.
@@ -638,6 +648,7 @@ class Tried(Frozen):
         int8_share: share of the engine's compute that runs in INT8; `not_audited` says why it isn't known.
     """
 
+    target: str | None = None
     scheme: Scheme
     outcome: str
     chosen: bool = False
@@ -656,7 +667,11 @@ class Tried(Frozen):
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a release ships for one target: the engine that won, and the evidence."""
+    """What a release ships for one target: the engine that won, and the evidence.
+
+    Attributes:
+        built_for: the row whose engine it is, where `target` is one that chose it.
+    """
 
     target: Target
     scheme: Scheme
@@ -664,6 +679,7 @@ class Chosen:
     parity: ParityReport
     latency: LatencyReport
     reason: str
+    built_for: str | None = None
 
 
 class Reporter(Protocol):

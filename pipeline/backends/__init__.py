@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from pipeline import buckets
 from pipeline.errors import BuildError, ExportyardError, UsageError, last_line, nearest, unknown
-from pipeline.types import Backend, Runner, Signature, Target, TensorSpec, Tuner
+from pipeline.types import Backend, Runner, Scheme, Signature, Target, TensorSpec, Tuner
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +66,24 @@ def tuning_file(target: Target) -> str | None:
     """Name of the file with records for `target`, below ``targets/tuning/``; None if the row asks for no tuning."""
     records = getattr(find(target.backend), "records", None)
     return None if records is None else cast("str | None", records(target))
+
+
+def quantizer(target: Target, scheme: Scheme) -> str | None:
+    """Which quantizer makes the program that `target` builds from in this form; None if it takes an ONNX graph.
+
+    Raises:
+        UsageError: the row's backend reads programs, and has none for INT8 forms.
+    """
+    backend = find(target.backend)
+    if not scheme.startswith("int8") or backend.source(target) != "program":
+        return None
+    name = getattr(backend, "quantizer", None)
+    if name is None:
+        raise UsageError(
+            f"backend `{target.backend}` reads programs, which it can't have in `{scheme}` (target `{target.name}`)",
+            hint=f"remove `{scheme}` from the row",
+        )
+    return cast("str", name)
 
 
 @contextlib.contextmanager
