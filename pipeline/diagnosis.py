@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from pipeline import backends, emulator, host
+from pipeline import backends, emulator, gpu, host
 from pipeline.types import Target
 
 TOOLS: tuple[tuple[str, str], ...] = (
@@ -39,9 +39,18 @@ def host_rows() -> list[list[str]]:
         ["python", platform.python_version()],
         ["system", f"{host.system()} {host.machine()}"],
         ["cpu", f"{host.cpu_name()}, {host.cpu_count()} cores"],
+        ["gpu", _gpu()],
         ["features", ", ".join(telling) or "none that matter here"],
         ["int8", ", ".join(_int8_units()) or "no instructions for 8-bit products, so INT8 may be slower than fp32"],
     ]
+
+
+def _gpu() -> str:
+    """NVIDIA's GPU, or why there is none."""
+    here = gpu.found()
+    if here is None:
+        return f"{gpu.absent()}"
+    return f"{here.name} ({here.arch}), CUDA {here.cuda}" + (f", driver {here.driver}" if here.driver else "")
 
 
 def _int8_units() -> list[str]:
