@@ -20,6 +20,7 @@ from pydantic import JsonValue
 from pipeline import gpu, host, tvm_cuda, tvm_import, tvm_link
 from pipeline.backends import checked
 from pipeline.errors import BuildError, UnavailableError, UsageError, unknown
+from pipeline.store import write_json
 from pipeline.types import Runner, Scheme, Target
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 SOURCES = ("onnx", "program")
 CPUS = {"x86_64": "x86-64-v3", "aarch64": "cortex-a72"}
 RUNTIME = "libtvm_runtime_cuda.so"
+NEEDS = {
+    "machine code": f"{RUNTIME} of the same wheel, CUDA 13 (libcudart.so.13)",
+    "source": f"{RUNTIME} of the same wheel, CUDA 13 (libcudart.so.13), and NVRTC with CUDA's headers",
+}
 
 
 class TvmCuda:
@@ -95,8 +100,11 @@ class TvmCuda:
                 hint='the other way in (option `import = "program"` or `"onnx"`) may do better',
             ) from error
         kernels = tvm_cuda.source_of(executable).count("__global__")
-        written = tvm_link.write(executable, target, out)
-        return {"code": "machine code" if _compiles_here() else "source", "kernels": kernels, **written}
+        tvm_link.write(executable, target, out)
+        code = "machine code" if _compiles_here() else "source"
+        needs = tvm_link.needs_of(target) | {"gpu": NEEDS[code]}
+        write_json(out / tvm_link.RUNTIME, needs)
+        return {"code": code, "kernels": kernels, "runtime": needs}
 
     @contextlib.contextmanager
     def load(self, engine: Stored, target: Target, threads: int | None = None) -> Iterator[Runner]:  # noqa: ARG002
