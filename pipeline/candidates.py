@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import choice
 from pipeline.job import SEARCH
 from pipeline.store import Stored
-from pipeline.types import Audit, Frozen, LatencyReport, ParityReport, Scheme, Speed, Tried
+from pipeline.types import Audit, Frozen, LatencyReport, ParityReport, Scheme, Speed, Target, Tried
 
 if TYPE_CHECKING:
     from pipeline.job import Job

@@ -103,6 +103,28 @@ def speed(latency: LatencyReport, scheme: Scheme) -> float:
     )
 
 
+def fastest_row(
+    measured: Mapping[str, tuple[LatencyReport | None, Scheme | None]],
+) -> tuple[str | None, str]:
+    """The row whose chosen form is the fastest, and in one line why; no row if none was measured beside eager PyTorch.
+
+    Rows are measured apart, and each of them beside eager PyTorch, so that is what they are compared by.
+
+    Args:
+        measured: of each row that passed, its times and the form that it ships.
+    """
+    speeds = {
+        name: speed(latency, scheme)
+        for name, (latency, scheme) in measured.items()
+        if latency is not None and scheme is not None and latency.rows and latency.rows[0].versus_eager
+    }
+    if not speeds:
+        return None, "none of its rows was measured"
+    best = max(speeds, key=lambda name: speeds[name])
+    told = [f"{name} {_against(speeds[name] / speeds[best])}" for name in speeds if name != best]
+    return best, "; ".join([f"{best} is the fastest row, {speeds[best]:.1f}x of eager PyTorch", *told])
+
+
 def _telling(rows: Sequence[LatencyRow]) -> list[LatencyRow]:
     """The rows on one thread, if there are any: with more, a busy machine measures the other work."""
     return [row for row in rows if row.threads == 1] or list(rows)

@@ -104,7 +104,7 @@ def prepare(
     names = targets or found.targets or tuple(rows)
     asked = rows_of.select(rows, names)
     chosen = rows_of.to_build(rows, asked)
-    for target in chosen:
+    for target in (*asked, *chosen):
         rows_of.check_options(target, backends.find(target.backend).option_names)
     if checkpoint is not None:
         check_checkpoint_file(checkpoint)
@@ -450,6 +450,11 @@ def make_step(job: Job, step: str, watch: Watcher = ignore) -> Path:
 
 
 def _make_for_target(job: Job, kind: str, target: Target, watch: Watcher) -> None:
+    if target.candidates:
+        raise errors.UsageError(
+            f"`{target.name}` has no {kind} of its own: it chooses among {', '.join(target.candidates)}",
+            hint="name one of these rows",
+        )
     missing = job.missing(target)
     if missing is not None:
         raise UnavailableError(f"`{target.name}` can't be built on this host: {missing}", hint="`exportyard doctor`")

@@ -56,6 +56,24 @@ def select(rows: Mapping[str, Target], names: Iterable[str]) -> list[Target]:
     return list(chosen.values())
 
 
+def to_build(rows: Mapping[str, Target], asked: Iterable[Target]) -> list[Target]:
+    """The rows that are built for `asked`, each once: in the place of one that chooses, those it chooses among.
+
+    Raises:
+        UsageError: such a row names one that doesn't exist, or that chooses itself.
+    """
+    found: dict[str, Target] = {}
+    for target in asked:
+        for row in select(rows, target.candidates) if target.candidates else [target]:
+            if row.candidates:
+                raise UsageError(
+                    f"target `{target.name}` chooses among others, and so does its candidate `{row.name}`",
+                    hint="name rows that are built in `candidates`",
+                )
+            found[row.name] = row
+    return list(found.values())
+
+
 def unfit(target: Target) -> str | None:
     """Why code made for `target` doesn't run on this host, or None if it does. Never raises."""
     if target.platform not in ("any", host.system()):
