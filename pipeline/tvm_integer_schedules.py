@@ -29,8 +29,8 @@ def integer_contraction(schedule: Any, registers: Registers, choose: Chooser) ->
     dot = registers.dot
     if dot is None or not any(schedule.get(block).name_hint == "dot" for block in blocks(schedule)):
         raise DoesNotFit
-    inline(schedule, frozenset({"padded", "words"}))
     block = schedule.get_sblock("dot")
+    inline(schedule, frozenset({"padded", "words"}) | _read_twice(schedule, block))
     makers = schedule.get_producers(block)
     if any(schedule.get(maker).name_hint == "words" for maker in makers):
         _depthwise(schedule, block, registers, dot)
@@ -38,9 +38,6 @@ def integer_contraction(schedule: Any, registers: Registers, choose: Chooser) ->
     spatial, summed = split_axes(schedule, block)
     row = row_axis(schedule, spatial)
     height, width = _integer_tile(schedule, spatial, row, dot)
-    makers, after = schedule.get_producers(block), schedule.get_consumers(block)
-    finish = after[0] if after else schedule.cache_write(block, 0, "global")
-
     columns, vectors, column = schedule.split(spatial[-1], [None, width, dot.lanes])
     outer, rows = [loop for place, loop in enumerate(spatial[:-1]) if place != row], []
     if row is not None:
@@ -50,8 +47,7 @@ def integer_contraction(schedule: Any, registers: Registers, choose: Chooser) ->
     groups, four = schedule.split(summed[-1], [None, DEPTH])
     tiles_in_order = in_order(schedule, columns, outer)
     schedule.reorder(*tiles_in_order, *summed[:-1], groups, *rows, vectors, column, four)
-    schedule.reverse_compute_at(finish, tiles_in_order[-1], preserve_unit_loops=True)
-    vectorise(schedule, schedule.get_loops(finish)[-1], registers)
+    _finish(schedule, block, tiles_in_order[-1], registers)
     spread(schedule, makers, registers)
     schedule.parallel(schedule.fuse(*tiles_in_order) if len(tiles_in_order) > 1 else tiles_in_order[0])
     # last: afterwards the block no longer counts as a reduction, and nothing more can be done around it
@@ -61,6 +57,29 @@ def integer_contraction(schedule: Any, registers: Registers, choose: Chooser) ->
     schedule.vectorize(start[-1])
     for loop in (*rows, vectors, *start[1:-1]):
         schedule.unroll(loop)
+
+
+def _read_twice(schedule: Any, block: Any) -> frozenset[str]:
+    """The first block behind `block` that several others read: folded into each, it would be done as many times.
+
+    And an `erf` or `exp` would be of all that stands before it, down to the index into the sums. Where that has dynamic
+    divisors, TVM takes ten seconds to simplify it.
+    """
+    after = schedule.get_consumers(block)
+    while len(after) == 1:
+        (block,) = after
+        after = schedule.get_consumers(block)
+    return frozenset({schedule.get(block).name_hint}) if after else frozenset()
+
+
+def _finish(schedule: Any, block: Any, tile: Any, registers: Registers) -> None:
+    """Do what follows the sums for each tile of them, in vectors."""
+    after = schedule.get_consumers(block) or [schedule.cache_write(block, 0, "global")]
+    while after:
+        (finish,) = after
+        schedule.reverse_compute_at(finish, tile, preserve_unit_loops=True)
+        vectorise(schedule, schedule.get_loops(finish)[-1], registers)
+        after = schedule.get_consumers(finish)
 
 
 def _integer_tile(schedule: Any, spatial: list[Any], row: int | None, dot: Dot) -> tuple[int, int]:
@@ -81,16 +100,13 @@ def _integer_tile(schedule: Any, spatial: list[Any], row: int | None, dot: Dot) 
 def _depthwise(schedule: Any, block: Any, registers: Registers, dot: Dot) -> None:
     """For each row of the result first all words, while what they are made of is in the cache, then the sums."""
     (words,) = schedule.get_producers(block)
-    after = schedule.get_consumers(block)
-    finish = after[0] if after else schedule.cache_write(block, 0, "global")
     (batch, y, x, columns), (kx, group, four) = split_axes(schedule, block)
     across = extent_of(schedule, x) or 1
     room = INTEGER_ACCUMULATORS[dot.lanes]
     columns, column = schedule.split(columns, [None, dot.lanes])
     tiles, one = schedule.split(x, [None, max(height for height in range(1, room + 1) if across % height == 0)])
     schedule.reorder(batch, y, columns, tiles, kx, group, one, column, four)
-    schedule.reverse_compute_at(finish, tiles, preserve_unit_loops=True)
-    vectorise(schedule, schedule.get_loops(finish)[-1], registers)
+    _finish(schedule, block, tiles, registers)
     schedule.compute_at(words, y, preserve_unit_loops=True)
     vectorise(schedule, schedule.get_loops(words)[-1], registers)
     schedule.parallel(schedule.fuse(batch, y))

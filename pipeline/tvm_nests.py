@@ -86,7 +86,7 @@ def split_axes(schedule: Any, block: Any) -> tuple[list[Any], list[Any]]:
 
 
 def inline(schedule: Any, keep: frozenset[str] = frozenset()) -> None:
-    """Fold elementwise blocks into their readers, then into their makers, as far as that goes."""
+    """Fold elementwise blocks into their readers, then into their makers, as far as that goes; not those in `keep`."""
 
     def fold(how: Callable[[Any], None], candidates: Callable[[], Iterator[Any]]) -> None:
         progress = True
@@ -106,7 +106,9 @@ def inline(schedule: Any, keep: frozenset[str] = frozenset()) -> None:
     def behind_one_elementwise() -> Iterator[Any]:
         for block in elementwise():
             makers = schedule.get_producers(block)
-            if len(makers) == 1 and not reduces(schedule, makers[0]):
+            if len(makers) != 1 or reduces(schedule, makers[0]):
+                continue
+            if schedule.get(makers[0]).name_hint not in keep:
                 yield block
 
     fold(schedule.compute_inline, elementwise)

@@ -161,6 +161,14 @@ def test_what_follows_a_contraction_is_done_in_its_loop_nest():
     assert all(buffer not in str(module["main"]) for buffer in ("conv2d", 'dtype="int32")'))
 
 
+def test_what_several_steps_read_is_made_once():
+    module, _ = scheduled(product(24, 48), VNNI)  # a GELU reads twice what stands before it
+
+    (nest,) = [str(function) for name, function in module.functions.items() if "dot" in name.name_hint]
+    assert nest.count('T.Cast("float32", dot') == 1
+    assert nest.count("T.erf(") == 1
+
+
 @pytest.mark.parametrize(
     ("cpu", "activations", "instruction"),
     [("cascadelake", np.uint8, "vpdpbusd"), ("neoverse-n1", np.int8, "sdot")],
