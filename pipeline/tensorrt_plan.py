@@ -13,6 +13,8 @@ from pipeline.errors import BuildError, UsageError, unknown
 from pipeline.types import Axis, Dim, Signature, Target
 
 if TYPE_CHECKING:
+    from torch.fx import GraphModule, Node
+
     from pipeline.gpu import Gpu
 
 LEVELS = range(6)
@@ -223,6 +225,28 @@ def load_error(log: Sequence[str], path: Path) -> BuildError:
     return BuildError(
         f"tensorrt can't load the engine `{path}`: {one_line(text)}", hint="`exportyard export` builds it again"
     )
+
+
+def fallen_back(compiled: GraphModule) -> list[str]:
+    """What a module that Torch-TensorRT compiled leaves to PyTorch: operators, and the user's modules; sorted.
+
+    It keeps such parts as submodules ``_run_on_gpu_*``; those that became engines are ``_run_on_acc_*``.
+    """
+    found: set[str] = set()
+    for name, part in compiled.named_children():
+        graph = None if "_run_on_acc" in name else getattr(part, "graph", None)
+        if graph is not None:
+            found |= {_spell_call(node) for node in graph.nodes if _is_operator(node)}
+    return sorted(found)
+
+
+def _is_operator(node: Node) -> bool:
+    return node.op == "call_function" and not str(node.target).startswith("<built-in")  # which take outputs apart
+
+
+def _spell_call(node: Node) -> str:
+    module = origin.module_of_call(node)
+    return f"{node.target} (in `{module}`)" if module else f"{node.target}"
 
 
 def one_line(text: str) -> str:

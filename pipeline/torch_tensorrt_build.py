@@ -11,6 +11,7 @@ import torch
 import torch_tensorrt
 from torch.export.passes import move_to_device_pass
 
+from pipeline import tensorrt_plan as plan
 from pipeline.tensorrt_plan import Profile, Settings
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ MIB = 1 << 20
 def build(
     program: ExportedProgram, signature: Signature, ranges: Sequence[Profile], own: Own, shared: Settings, path: Path
 ) -> list[str]:
-    """Compile `program` and save it at `path`; returns what it left to PyTorch (see `fallen_back`)."""
+    """Compile `program` and save it at `path`; returns what it left to PyTorch."""
     program = move_to_device_pass(program, "cuda")
     inputs = _inputs(signature, ranges)
     if own.format == "engine":
@@ -55,7 +56,7 @@ def build(
     )
     kind = {"program": "exported_program", "aoti": "aot_inductor"}[own.format]
     torch_tensorrt.save(compiled, str(path), output_format=kind, arg_inputs=inputs, retrace=True)
-    return fallen_back(compiled)
+    return plan.fallen_back(compiled)
 
 
 def _inputs(signature: Signature, ranges: Sequence[Profile]) -> list[torch_tensorrt.Input]:
@@ -85,26 +86,6 @@ def _inputs(signature: Signature, ranges: Sequence[Profile]) -> list[torch_tenso
     return found
 
 
-def fallen_back(compiled: torch.fx.GraphModule) -> list[str]:
-    """What a compiled module leaves to PyTorch: operators, with the user's module where it is known; sorted.
-
-    Torch-TensorRT keeps those parts as submodules ``_run_on_gpu_*``; what it compiled is ``_run_on_acc_*``.
-    """
-    found = set()
-    for name, part in compiled.named_children():
-        if "_run_on_acc" in name or not isinstance(part, torch.fx.GraphModule):
-            continue
-        found |= {_spell(node) for node in part.graph.nodes if node.op == "call_function"}
-    return sorted(found)
-
-
-def _spell(node: torch.fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(path) for path, _ in stack.values()]
-    where = paths[-1].removeprefix("model").removeprefix(".") if paths else ""
-    return f"{node.target} (in `{where}`)" if where else f"{node.target}"
-
-
 def loaded(path: Path, own: Own) -> Callable[..., Any]:
     """What `build` saved, as a function of tensors on the GPU."""
     if own.format == "aoti":
@@ -122,3 +103,13 @@ def graphs(module: Callable[..., Any], wanted: bool) -> Iterator[Callable[..., A
         return
     with torch_tensorrt.runtime.enable_cudagraphs(module) as fast:
         yield fast
+
+
+def as_tuple(call: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    """`call`, whose one output may come without a tuple around it."""
+
+    def run(*arguments: torch.Tensor) -> tuple[Any, ...]:
+        found = call(*arguments)
+        return (found,) if isinstance(found, torch.Tensor) else tuple(found)
+
+    return run

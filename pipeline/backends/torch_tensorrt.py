@@ -7,13 +7,13 @@ a row is a compute capability: ``sm90``. Options of a row: see `Settings` and do
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import JsonValue
 
-from pipeline import gpu, host
+from pipeline import gpu, host, origin
 from pipeline import tensorrt_plan as plan
 from pipeline.backends import checked
 from pipeline.backends.tensorrt import facts_of, lacking
@@ -24,10 +24,7 @@ from pipeline.types import Runner, Scheme, Target
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
     from pipeline.store import Stored
-    from pipeline.types import Tensors
 
 FILES = {"program": "model.pt2", "aoti": "model.pt2", "engine": "model.engine"}
 FACTS = "build.json"
@@ -99,7 +96,8 @@ class TorchTensorRt:
                 fell_back = torch_tensorrt_build.build(loaded, signature, ranges, own, shared, path)
         except Exception as error:  # converters raise whatever they like
             raise BuildError(
-                f"torch_tensorrt can't build `{target.name}`: {last_line(error)}",
+                f"torch_tensorrt can't build `{target.name}`: {last_line(error)}"
+                f"{origin.of_program_error(loaded, str(error))}",
                 hint="`whole = false` leaves to PyTorch what TensorRT can't do" if own.whole else None,
             ) from error
         left: list[JsonValue] = [*fell_back]
@@ -124,7 +122,7 @@ class TorchTensorRt:
 
             yield checked(Engine(path, signature, shared).run, signature)
             return
-        from pipeline import torch_tensorrt_build
+        from pipeline import program, torch_tensorrt_build
 
         try:
             module = torch_tensorrt_build.loaded(path, own)
@@ -134,7 +132,8 @@ class TorchTensorRt:
                 hint="`exportyard export` builds it again",
             ) from error
         with torch_tensorrt_build.graphs(module, shared.cuda_graph and own.format == "program") as fast:
-            yield checked(_runner(fast, [spec.name for spec in signature.inputs], signature.outputs), signature)
+            call = torch_tensorrt_build.as_tuple(fast)
+            yield checked(program.runner(call, signature, "cuda"), signature)
 
 
 def settings_of(target: Target) -> Settings:
@@ -152,20 +151,6 @@ def settings_of(target: Target) -> Settings:
             f"target `{target.name}`: min_block = {block!r}", hint="expected a number of operators, from 1"
         )
     return Settings(format=kind, min_block=block, whole=plan.flag(target, "whole"))
-
-
-def _runner(module: Callable[..., Any], inputs: list[str], outputs: Any) -> Runner:
-    import numpy as np
-    import torch
-
-    def run(feeds: Tensors) -> dict[str, NDArray[Any]]:
-        arguments = [torch.from_numpy(np.array(feeds[name], order="C")).cuda() for name in inputs]
-        with torch.inference_mode():
-            found = module(*arguments)
-        values = [found] if isinstance(found, torch.Tensor) else list(found)
-        return {spec.name: value.to("cpu", copy=True).numpy() for spec, value in zip(outputs, values, strict=True)}
-
-    return run
 
 
 BACKEND = TorchTensorRt()

@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
-from pipeline import backends, gpu, host, ort_gpu, samples, tensorrt_graph, tvm_cuda, tvm_import
+from pipeline import backends, gpu, host, ort_gpu, samples, tensorrt_graph, tensorrt_plan, tvm_cuda, tvm_import
 from pipeline.errors import BuildError, UnavailableError, UsageError
 from pipeline.gpu import Gpu
 from pipeline.stages.audit import audit
@@ -75,6 +76,37 @@ def test_our_int8_form_is_one_that_tensorrt_reads(case, tmp_path):
         assert not constants[node.input[2]].any()
         assert constants[node.input[2]].dtype == np.int8
     np.testing.assert_allclose(quantised.run(made, feeds), quantised.run(source, feeds), rtol=1e-5)
+
+
+# --- Torch-TensorRT's way of dividing a program ---------------------------------------------------------------------
+
+
+class Part(torch.nn.Module):
+    def forward(self, x):
+        return torch.relu(x) + torch.sort(x).values
+
+
+class Divided(torch.nn.Module):
+    """Parts by the names that Torch-TensorRT gives them."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Part()
+
+    def forward(self, x):
+        return self.encoder(x)
+
+
+def test_what_is_left_to_pytorch_is_listed():
+    whole = torch.nn.Module()
+    for name in ("_run_on_acc_0", "_run_on_gpu_1"):
+        whole.add_module(name, torch.export.export(Divided(), (torch.zeros(3),)).graph_module)
+
+    found = tensorrt_plan.fallen_back(whole)
+
+    assert found == [f"aten.{name} (in `encoder`)" for name in ("add.Tensor", "relu.default", "sort.default")]
+    delattr(whole, "_run_on_gpu_1")
+    assert tensorrt_plan.fallen_back(whole) == []
 
 
 # --- ONNX Runtime's providers --------------------------------------------------------------------------------------
