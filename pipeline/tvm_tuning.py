@@ -139,13 +139,19 @@ def known(module: tvm.IRModule, registers: Registers, records: Mapping[str, Reco
 
 @dataclass
 class Task:
-    """A workload that has no record yet."""
+    """A workload that has no record yet.
+
+    Attributes:
+        function: the nest that is measured.
+        calls: of all nests with this workload, in one run of the model; `most` of them are of `function`.
+    """
 
     name: str
     function: tirx.PrimFunc
     choices: list[Choice]
     rule: Choice
     calls: int
+    most: int = 0
     rule_ms: float = 0.0
 
 
@@ -201,8 +207,12 @@ def _tasks(module: tvm.IRModule, registers: Registers, records: Mapping[str, Rec
         for name, choices, rule in noted[-1:]:  # of the rule that did it
             if name in records or len(choices) < 2:
                 continue
-            task = tasks.setdefault(name, Task(name, function, choices, rule, 0))
-            task.calls += calls.get(variable.name_hint, 0)
+            own = calls.get(variable.name_hint, 0)
+            before = tasks.get(name, Task(name, function, choices, rule, 0))
+            # nests may differ in what is done behind the sums: the one that runs most often speaks for all
+            spokesman = function if own > before.most else before.function
+            most, total = max(own, before.most), own + before.calls
+            tasks[name] = Task(name, spokesman, choices, rule, total, most)
     return list(tasks.values())
 
 
@@ -258,19 +268,24 @@ class _Timed:
             self._code = tvm.compile(module, target=where).mod
 
     def milliseconds(self, repeat: int) -> float:
-        """Of one call, by this thread's processor time; the fastest of `repeat` measurements.
+        """See the function of this name."""
+        return milliseconds(self._code["main"], self._operands, repeat)
 
-        What else runs on this machine may take the processor away, which isn't counted, or slow down what shares a
-        core or a cache, which can only make a measurement longer.
-        """
-        found = []
-        for _ in range(repeat):
-            begun, calls = time.thread_time(), 0
-            while calls == 0 or time.thread_time() - begun < SHORTEST:
-                self._code["main"](*self._operands)
-                calls += 1
-            found.append((time.thread_time() - begun) / calls)
-        return min(found) * 1e3
+
+def milliseconds(nest: Callable[..., object], operands: Sequence[Any], repeat: int) -> float:
+    """The time of one call, by this thread's processor time; the fastest of `repeat` measurements.
+
+    What else runs on this machine may take the processor away, which isn't counted, or slow down what shares a
+    core or a cache, which can only make a measurement longer.
+    """
+    found = []
+    for _ in range(repeat):
+        begun, calls = time.thread_time(), 0
+        while calls == 0 or time.thread_time() - begun < SHORTEST:
+            nest(*operands)
+            calls += 1
+        found.append((time.thread_time() - begun) / calls)
+    return min(found) * 1e3
 
 
 def _operand(parameter: Any) -> Any:
