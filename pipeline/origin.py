@@ -72,12 +72,23 @@ def module_of(node: NodeProto) -> str:
 
 def of_program_error(program: ExportedProgram, message: str) -> str:
     """What is known about the first operator of `program` that a compiler's `message` names, as `of_error` tells it."""
-    words = {word.strip(".:,'\"").replace("::", ".") for word in _WORD.findall(message)}
-    for node in program.graph.nodes:
-        name = str(node.target)  # aten.sort.default
-        if node.op == "call_function" and ({name, name.rpartition(".")[0]} & words or node.name in words):
-            return f" (operator `{name.rpartition('.')[0].replace('.', '::', 1) or name}`{_of_call(node)})"
+    words = {word.strip(".:,'\"").replace("::", ".").removeprefix("torch.ops.") for word in _WORD.findall(message)}
+    calls = [(node, str(node.target)) for node in program.graph.nodes if node.op == "call_function"]
+    # only operators over graphs (cond) have a name of one word; others may be named as what they are made of
+    equal = [
+        node
+        for node, name in calls
+        if (name in words and ("." in name or name == message)) or ("." in name and _plain(name) in words)
+    ]
+    alike = [node for node, name in calls if "." in name and any(word.startswith(_plain(name)) for word in words)]
+    for node in equal or alike:
+        return f" (operator `{_plain(str(node.target)).replace('.', '::', 1)}`{_of_call(node)})"
     return ""
+
+
+def _plain(name: str) -> str:
+    """``aten.sort`` for ``aten.sort.default``."""
+    return name.rpartition(".")[0] or name
 
 
 def module_of_call(node: Node) -> str:
