@@ -154,8 +154,8 @@ def _torchax() -> tuple[Mapping[Any, Any], Any]:
 def _torchax_without_effects() -> Iterator[None]:
     """Inside, torchax can be imported with torch 2.13, and leaves the rest of this process as it is.
 
-    It asks torch for forms with named dimensions, which are no more: they get a name that nothing calls. It makes itself
-    a device of torch, after which torch.compile fails; switches a kernel of attention off; introduces itself to XLA.
+    It asks torch for forms with named dimensions, which are no more: they get a name that nothing calls. It makes
+    itself a device of torch, after which torch.compile fails; switches a kernel of attention off; introduces itself to XLA.
     """
     original = OpOverloadPacket.__getattr__
 
