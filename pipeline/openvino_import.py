@@ -31,13 +31,17 @@ class Imported:
     bfloat: bool = False
 
     @property
-    def attends(self) -> bool:
-        """Whether two tensors that both depend on the inputs are multiplied, as in an attention."""
+    def attends_to_one(self) -> bool:
+        """Whether it multiplies two tensors that both depend on the inputs, and that may have a single row or column
+        and others times more: an attention over an axis whose min is 1.
+        """
         varying: set[str] = set()
         for node in self.model.get_ordered_ops():
             inputs = [value.get_node().get_name() in varying for value in node.input_values()]
             if node.get_type_name() == "MatMul" and all(inputs):
-                return True
+                sizes = [size for value in node.input_values() for size in list(value.get_partial_shape())[-2:]]
+                if any(size.is_dynamic and size.min_length <= 1 for size in sizes):
+                    return True
             if node.get_type_name() == "Parameter" or any(inputs):
                 varying.add(node.get_name())
         return False
