@@ -46,7 +46,8 @@ def row(backend, options, **changes):
     return Target.model_validate(table | changes)
 
 
-CASES = [(name, options) for name in backends.names() for options in OPTIONS.get(name, [{}])]
+NAMES = [name for name in backends.names() if name != "auto"]  # that one chooses between rows, and builds nothing
+CASES = [(name, options) for name in NAMES for options in OPTIONS.get(name, [{}])]
 
 
 def spell(case):
@@ -228,7 +229,7 @@ def test_broken_files_are_a_build_error(engine, tmp_path):
     assert len(str(caught.value).splitlines()) <= 10
 
 
-@pytest.mark.parametrize("name", backends.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_questions_are_cheap_and_import_nothing_heavy(name):
     """`missing`, `not_runnable`, `tools` and `source` are asked at every start of the command line."""
     script = f"""
@@ -260,7 +261,7 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 
 
 def test_missing_answers_in_a_moment():
-    for name in backends.names():
+    for name in NAMES:
         backend, target = backends.find(name), row(name, {})
         backend.missing(target)
         start = time.process_time()
@@ -270,7 +271,7 @@ def test_missing_answers_in_a_moment():
         assert time.process_time() - start < 0.05, name
 
 
-@pytest.mark.parametrize("name", backends.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_attributes_are_those_of_the_protocol(name):
     backend = backends.find(name)
 
@@ -279,7 +280,7 @@ def test_attributes_are_those_of_the_protocol(name):
     assert all(isinstance(option, str) for option in backend.option_names)
 
 
-@pytest.mark.parametrize("name", backends.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_another_machine_is_not_runnable_here(name):
     elsewhere = row(name, {}, machine="riscv64", arch="generic")
 
@@ -288,11 +289,12 @@ def test_another_machine_is_not_runnable_here(name):
 
 def test_errors_are_the_users(model, tmp_path):
     """Whatever a backend does with a graph that isn't one, it's an error with a message."""
-    for name in backends.names():
+    for name in NAMES:
         target, backend = row(name, {}), backends.find(name)
         if backend.missing(target) is not None:
             continue
-        files = {"model.onnx": b"\x08\x01nonsense", "program.pt2": b"nonsense", "signature.json": b"{}"}
+        signature = model.onnx.file("signature.json").read_bytes()
+        files = {"model.onnx": b"\x08\x01nonsense", "program.pt2": b"nonsense", "signature.json": signature}
 
         def work(out, files=files):
             for file, content in files.items():
