@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from pipeline.types import Audit, LatencyReport, LatencyRow, ParityReport, Scheme, Target
+from pipeline.types import Audit, Comparison, LatencyReport, LatencyRow, ParityReport, Scheme, Target
 
 MARGIN = 1.05  # a form must beat fp32 by more than two runs of one engine differ by
 WAITING = 0.97  # on several threads, which wait for each other unevenly, a form counts as slower only below that
@@ -103,23 +103,9 @@ def speed(latency: LatencyReport, scheme: Scheme) -> float:
     )
 
 
-def fastest_row(
-    measured: Mapping[str, tuple[LatencyReport | None, Scheme | None]],
-) -> tuple[str | None, str]:
-    """The row whose chosen form is the fastest, and in one line why; no row if none was measured beside eager PyTorch.
-
-    Rows are measured apart, and each of them beside eager PyTorch, so that is what they are compared by.
-
-    Args:
-        measured: of each row that passed, its times and the form that it ships.
-    """
-    speeds = {
-        name: speed(latency, scheme)
-        for name, (latency, scheme) in measured.items()
-        if latency is not None and scheme is not None and latency.rows and latency.rows[0].versus_eager
-    }
-    if not speeds:
-        return None, "none of its rows was measured"
+def fastest_row(found: Comparison) -> tuple[str, str]:
+    """The row whose engine is the fastest, over all measured sizes, and in one line why."""
+    speeds = {name: _mean([at[name].median for at in found.versus_eager]) for name in found.versus_eager[0]}
     best = max(speeds, key=lambda name: speeds[name])
     told = [f"{name} {_against(speeds[name] / speeds[best])}" for name in speeds if name != best]
     return best, "; ".join([f"{best} is the fastest row, {speeds[best]:.1f}x of eager PyTorch", *told])

@@ -21,7 +21,7 @@ from pipeline import backends, digest, host, recipes, store
 from pipeline import targets as rows_of
 from pipeline.errors import CheckpointError, DataError, NotApplicable, UnavailableError, nearest
 from pipeline.store import Key, Made, write_json
-from pipeline.types import Audit, LatencyReport, ParityReport, Recipe, Reporter, Scheme, Target, no_report
+from pipeline.types import Audit, Comparison, LatencyReport, ParityReport, Recipe, Reporter, Scheme, Target, no_report
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -447,6 +447,30 @@ class Job:
     def latency_report(self, target: Target, schemes: tuple[Scheme, ...]) -> LatencyReport:
         """The content of `latency`."""
         return LatencyReport.model_validate_json(self.latency(target, schemes).stored.file("latency.json").read_text())
+
+    def comparison(self, target: Target, rows: Mapping[str, tuple[Target, Scheme]]) -> Made:
+        """How fast what `rows` ship is, measured together: `target` chooses among them."""
+
+        def key() -> Key:
+            inputs = {name: self.engine(*row).stored.digest for name, row in rows.items()}
+            inputs["program"] = self.program().stored.digest
+            config = self.recipe.model_dump(mode="json", include={"axes", "inputs"})
+            tools = _tools("torch")
+            for name, (row, _) in rows.items():
+                tools |= {f"{name} {tool}": value for tool, value in backends.find(row.backend).tools(row).items()}
+            return Key("latency", inputs, config | {"cpu": host.cpu_name(), "rows": [*rows]}, tools)
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline.stages.benchmark import compare_rows
+
+            engines = {name: (self.engine(*row).stored, row[0]) for name, row in rows.items()}
+            return compare_rows(self.recipe, engines, self.program().stored, out, self.report)
+
+        return self._make(f"latency/{target.name}", key, work)
+
+    def comparison_report(self, target: Target, rows: Mapping[str, tuple[Target, Scheme]]) -> Comparison:
+        """The content of `comparison`."""
+        return Comparison.model_validate_json(self.comparison(target, rows).stored.file("comparison.json").read_text())
 
     def _must_run(self, target: Target) -> None:
         reason = self.not_runnable(target)

@@ -131,7 +131,7 @@ def export(job: Job, jobs: int = 1, watch: Watcher = ignore) -> list[Verdict]:
         buildable = [target for target in job.targets if job.missing(target) is None]
         if jobs > 1 and len(buildable) > 1:
             _build_at_once(job, buildable, jobs, watch)
-        return resolved(job, [verdict(job, target, watch) for target in job.targets])
+        return resolved(job, [verdict(job, target, watch) for target in job.targets], watch)
 
 
 def upstream(job: Job) -> Iterator[tuple[str, Callable[[], Made]]]:
@@ -171,29 +171,39 @@ def verdict(job: Job, target: Target, watch: Watcher = ignore) -> Verdict:
     return judge(job, target, parities, left_out, watch)
 
 
-def resolved(job: Job, verdicts: Sequence[Verdict]) -> list[Verdict]:
+def resolved(job: Job, verdicts: Sequence[Verdict], watch: Watcher = ignore) -> list[Verdict]:
     """The verdicts on the rows that were asked for: one that chooses gets that on the best of its rows.
 
     Args:
         job: what was done.
         verdicts: on each of its targets.
+        watch: told when rows were measured together.
     """
     found = {one.target.name: one for one in verdicts}
     return [
-        _best(target, [found[name] for name in target.candidates]) if target.candidates else found[target.name]
+        _best(job, target, [found[name] for name in target.candidates], watch)
+        if target.candidates
+        else found[target.name]
         for target in job.asked or job.targets
     ]
 
 
-def _best(target: Target, rows: Sequence[Verdict]) -> Verdict:
-    """The verdict on a row that chooses: of its `rows`, that on the fastest which passed, under its own name."""
-    name, reason = choice.fastest_row({row.target.name: (row.latency, row.scheme) for row in rows if row.engine})
+def _best(job: Job, target: Target, rows: Sequence[Verdict], watch: Watcher) -> Verdict:
+    """The verdict on a row that chooses: of its `rows`, that on the fastest which passed, under its own name.
+
+    Those that passed are measured together; the ratios that each was chosen by are of different runs.
+    """
+    passed = {row.target.name: (row.target, row.scheme) for row in rows if row.scheme is not None and _timed_here(row)}
     others = [f"{row.target.name} {row.status}: {row.reason}" for row in rows if row.status != "passed"]
-    if name is None:
+    if not passed:
         statuses: tuple[Status, ...] = ("failed", "not verified", "not built here")
-        worst = next(row for status in statuses for row in rows if row.status == status)
+        worst = next((row for status in statuses for row in rows if row.status == status), None)
+        if worst is None:
+            return Verdict(target, "not verified", "none of its rows is measured on this host", rows=tuple(rows))
         told = "; ".join(["none of its rows passed", *others])
         return Verdict(target, worst.status, told, rows=tuple(rows), exit_code=worst.exit_code)
+    timed(f"latency/{target.name}", partial(job.comparison, target, passed), watch)
+    name, reason = choice.fastest_row(job.comparison_report(target, passed))
     best = next(row for row in rows if row.target.name == name)
     assert best.parity is not None
     assert best.scheme is not None
@@ -206,6 +216,11 @@ def _best(target: Target, rows: Sequence[Verdict]) -> Verdict:
         rows=tuple(rows),
         built_for=name,
     )
+
+
+def _timed_here(row: Verdict) -> bool:
+    """Whether a row passed, and its engine was timed beside eager PyTorch: not on a board, nor under an emulator."""
+    return row.latency is not None and bool(row.latency.rows) and row.latency.rows[0].eager is not None
 
 
 def candidates(job: Job, target: Target, watch: Watcher = ignore) -> tuple[list[Scheme], dict[Scheme, str]]:

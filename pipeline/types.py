@@ -518,6 +518,18 @@ class LatencyReport(Frozen):
     not_measured: str | None = None
 
 
+class Comparison(Frozen):
+    """``comparison.json``: how fast engines of several rows are on one thread, measured turn by turn in one run.
+
+    Attributes:
+        sizes: of the axes, one entry a measurement.
+        versus_eager: for each of `sizes`, by row, eager PyTorch's processor time over the engine's in the same round.
+    """
+
+    sizes: tuple[Mapping[str, int], ...]
+    versus_eager: tuple[Mapping[str, Ratio], ...]
+
+
 Runner = Callable[["Tensors"], "dict[str, NDArray[np.generic]]"]
 """A loaded engine: feeds by input name in, outputs by name out; the arrays returned belong to the caller."""
 

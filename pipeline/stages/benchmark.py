@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from pipeline.errors import BuildError
 from pipeline.store import Stored, write_json
 from pipeline.types import (
     Axis,
+    Comparison,
     DeviceRunner,
     LatencyReport,
     LatencyRow,
@@ -89,6 +90,47 @@ def _here(
                 calls = {name: partial(run, feeds) for name, run in runners.items()}
                 rows.append(_row(sizes, threads, interleaved(calls)))
     return rows
+
+
+def compare_rows(
+    recipe: Recipe,
+    engines: Mapping[str, tuple[Stored, Target]],
+    program: Stored,
+    out: Path,
+    report: Reporter,
+) -> dict[str, JsonValue]:
+    """Time engines of several rows and eager PyTorch in one run on one thread. Writes ``comparison.json``.
+
+    Args:
+        engines: by the name of the row; of this host.
+
+    Raises:
+        BuildError: an engine can't be loaded.
+    """
+    sizes_of = timed_sizes(_common([buckets.axes_of(recipe, engine) for engine, _ in engines.values()]))
+    found: list[dict[str, Ratio]] = []
+    with contextlib.ExitStack() as stack:
+        eager = stack.enter_context(reference.eager(program, 1))
+        runners = {
+            name: stack.enter_context(backends.loaded(engine, target, 1)) for name, (engine, target) in engines.items()
+        }
+        for sizes in sizes_of:
+            report(len(found), len(sizes_of), f"{len(engines)} rows at {dict(sizes)}")
+            feeds = samples.feeds(recipe, sizes, seed=1)
+            calls = {name: partial(run, feeds) for name, run in {"": eager, **runners}.items()}  # no row has no name
+            turns = interleaved(calls)
+            found.append({name: _ratio(turns[""].cpu_s, turns[name].cpu_s) for name in runners})
+    write_json(out / "comparison.json", Comparison(sizes=tuple(sizes_of), versus_eager=tuple(found)).plain())
+    return {"rows": list(engines)}
+
+
+def _common(served: Sequence[Mapping[str, Axis]]) -> dict[str, Axis]:
+    """The axes as far as all serve them; the largest bucket of a row may be less than the recipe's max."""
+    found = {}
+    for name, axis in served[0].items():
+        most = min(one[name].max for one in served)
+        found[name] = Axis(min=axis.min, opt=min(axis.opt, most), max=most)
+    return found
 
 
 def _on_device(recipe: Recipe, target: Target, engines: Mapping[Scheme, Stored], report: Reporter) -> list[LatencyRow]:

@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 
-from pipeline import choice, cli, initial, manifest, pull, release, run
+from pipeline import cli, initial, manifest, pull, release, run
 from pipeline.errors import UsageError
+from pipeline.types import Comparison
 from pipeline.workspace import ROWS, Workspace
 from tests import workspaces
 
@@ -42,13 +43,6 @@ MORE = """
     machine = "any"
     arch = "native"
     candidates = ["elsewhere", "any-wrong"]
-
-    [targets.auto-auto]
-    backend = "auto"
-    platform = "any"
-    machine = "any"
-    arch = "native"
-    candidates = ["any-auto"]
 """
 
 
@@ -76,6 +70,8 @@ def test_the_fastest_row_wins_and_the_others_are_told(exported):
         r"elsewhere not built here: ",
     ):
         assert part in best.reason
+    compared = Comparison.model_validate_json(job.made["latency/any-auto"].stored.file("comparison.json").read_text())
+    assert [set(at) for at in compared.versus_eager] == [{"any-onnxruntime", "any-echo"}] * 2
     assert (none.target.name, none.status) == ("none-auto", "failed")
     assert none.reason.startswith("none of its rows passed; elsewhere not built here")
 
@@ -113,9 +109,12 @@ def test_the_command_line_takes_such_a_row(exported, capsys):
     assert "`any-auto` has no engine of its own: it chooses among any-echo" in capsys.readouterr().err
 
 
-def test_a_row_that_chooses_is_no_candidate(exported):
-    with pytest.raises(UsageError, match="`auto-auto` chooses among others, and so does its candidate `any-auto`"):
-        run.prepare(Workspace(exported[0]), "tiny", targets=["auto-auto"])
+def test_a_row_that_chooses_is_no_candidate(tmp_path):
+    more = MORE.replace("any-auto]", "auto-auto]").replace('"any-echo", ', '"none-auto", ')
+    root = workspaces.tiny(tmp_path, rows=workspaces.ROWS + more)
+
+    with pytest.raises(UsageError, match="`auto-auto` chooses among others, and so does its candidate `none-auto`"):
+        run.prepare(Workspace(root), "tiny", targets=["auto-auto"])
 
 
 def test_a_misspelt_candidate_is_named(exported, tmp_path):
@@ -123,7 +122,3 @@ def test_a_misspelt_candidate_is_named(exported, tmp_path):
 
     with pytest.raises(UsageError, match=r"(?s)unknown target `any-ecko`.*`any-echo`"):
         run.prepare(Workspace(root), "tiny", targets=["any-auto"])
-
-
-def test_without_times_there_is_no_fastest():
-    assert choice.fastest_row({"a": (None, "fp32")}) == (None, "none of its rows was measured")
