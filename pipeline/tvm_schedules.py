@@ -92,7 +92,9 @@ def _contraction(schedule: Any, registers: Registers, choose: Chooser) -> None:
     row = row_axis(schedule, spatial)
     choices = _tiles(schedule, spatial, row, registers)
     rule = (*_tile_by_rule(schedule, spatial, row, choices, registers), PANELS_FIRST)
-    height, width, order = choose(schedule, block, choices, rule)
+    # columns of unknown number are copied into whole panels, which decides more than what was measured without that
+    known_columns = extent_of(schedule, spatial[-1]) is not None
+    height, width, order = choose(schedule, block, choices, rule) if known_columns else rule
     unknown_rows = row is not None and extent_of(schedule, spatial[row]) is None
     if unknown_rows or extent_of(schedule, spatial[-1]) is None:
         block = _pad(schedule, block, row, height, width)
