@@ -41,6 +41,7 @@ format: .venv/ready
 .venv/all: requirements-all.lock .venv/ready
 	@echo "installing requirements-all.lock into .venv (2 GB)"
 	@$(BIN)/pip install --quiet --requirement requirements-all.lock
+	@$(BIN)/exportyard setup litert
 	@touch $@
 
 lock:  ## refresh both lock files from the newest versions that pyproject.toml admits

@@ -357,13 +357,18 @@ def doctor(root: Folder = HERE, as_json: AsJson = False) -> None:
 
 @app.command()
 def setup(
-    what: Annotated[Literal["emulator"], typer.Argument(help="What to get: `emulator` runs 64-bit Arm engines here.")],
+    what: Annotated[
+        Literal["emulator", "litert"],
+        typer.Argument(help="`emulator` runs 64-bit Arm engines here; `litert` is LiteRT's converter."),
+    ],
 ) -> None:
-    """Get a tool that pip can't install, into a folder of the user's cache; needs no root."""
-    from pipeline import emulator
+    """Get a tool that can't be installed beside ours, into a folder of the user's cache; needs no root."""
+    from pipeline import emulator, environments
 
-    assert what == "emulator"
-    print(emulator.fetch(lambda part: console.say(f"getting {part}")))
+    def say(part: str) -> None:
+        console.say(f"getting {part}")
+
+    print(emulator.fetch(say) if what == "emulator" else environments.make(what, say))
 
 
 def invoke(arguments: list[str]) -> int:

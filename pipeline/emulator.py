@@ -38,8 +38,7 @@ PATIENCE_S = 600  # for a download
 
 def folder() -> Path:
     """Where `fetch` puts the emulator: below the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "exportyard" / f"emulator-{MACHINE}"
+    return host.cache_folder() / f"emulator-{MACHINE}"
 
 
 def missing(target: Target) -> str | None:

@@ -63,6 +63,15 @@ def cpu_count() -> int:
     return _CORES
 
 
+def cache_folder() -> Path:
+    """Where what `exportyard setup` gets is kept, for all workspaces of this user.
+
+    Raises:
+        RuntimeError: this user has no home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exportyard"
+
+
 @functools.cache
 def version(distribution: str) -> str | None:
     """Installed version of a distribution, without a local part (``2.13.0+cpu`` is ``2.13.0``); None if absent."""

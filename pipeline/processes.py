@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
 Result = TypeVar("Result")
+STDERR = 2
+
+
+@contextlib.contextmanager
+def native_silence() -> Iterator[None]:
+    """Inside, nothing that C++ code logs reaches the terminal."""
+    kept = os.dup(STDERR)
+    try:
+        with tempfile.TemporaryFile() as sink:
+            os.dup2(sink.fileno(), STDERR)
+            yield
+    finally:
+        os.dup2(kept, STDERR)
+        os.close(kept)
 
 
 def end_with_parent() -> None:

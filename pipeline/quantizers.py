@@ -50,6 +50,11 @@ def reaches(name: str, scheme: Scheme) -> tuple[Reach, ...]:
     return ("products",) if scheme == DYNAMIC or name == "inductor" else ("everything", "products")
 
 
+def folds(name: str) -> bool:
+    """Whether weights are kept as integers; LiteRT's converter wants them in float, and their scales beside them."""
+    return name != "litert"
+
+
 def _xnnpack(scheme: Scheme, reach: Reach) -> Any:
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
 

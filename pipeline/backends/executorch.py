@@ -9,14 +9,12 @@ Options of a row:
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import JsonValue
 
-from pipeline import host, targets
+from pipeline import host, processes, targets
 from pipeline.backends import checked
 from pipeline.errors import BuildError, UnavailableError, UsageError, last_line, root_line
 from pipeline.types import Runner, Scheme, Target
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 
 FILE = "model.pte"
 MEMORY_MB = 512
-STDERR = 2
 
 
 class ExecuTorch:
@@ -114,7 +111,8 @@ class ExecuTorch:
         path, signature = engine.file(FILE), engine.signature()
         own = threads or _whole(target, "threads", 0) or host.cpu_count()
         try:
-            with programs.quiet(), _no_native_noise():
+            # the runtime logs each look at the CPU, and each fault of a file
+            with programs.quiet(), processes.native_silence():
                 method = _method(path, own)
         except Exception as error:  # RuntimeError with the runtime's error code
             raise BuildError(
@@ -154,19 +152,6 @@ def _method(path: Path, threads: int) -> Any:
 
     portable_lib._unsafe_reset_threadpool(threads)
     return Runtime.get().load_program(path, verification=Verification.InternalConsistency).load_method("forward")
-
-
-@contextlib.contextmanager
-def _no_native_noise() -> Iterator[None]:
-    """Inside, nothing reaches the terminal: the runtime's C++ logs each look at the CPU and each fault of a file."""
-    kept = os.dup(STDERR)
-    try:
-        with tempfile.TemporaryFile() as sink:
-            os.dup2(sink.fileno(), STDERR)
-            yield
-    finally:
-        os.dup2(kept, STDERR)
-        os.close(kept)
 
 
 BACKEND = ExecuTorch()

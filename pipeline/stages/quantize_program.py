@@ -109,7 +109,7 @@ def _quantized(
     _calibrate(recipe, observed, signature, data, scheme)
     try:
         with programs.quiet():
-            converted = convert_pt2e(observed)
+            converted = convert_pt2e(observed, fold_quantize=known.folds(quantizer))
         made = retrace.retraced(converted, signature, {name: axis.opt for name, axis in signature.axes.items()})
     except Exception as error:  # as above
         raise ConversionError(
