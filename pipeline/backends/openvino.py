@@ -59,7 +59,7 @@ DECIDING_FEATURES = (
 
 
 class OpenVino:
-    """See `pipeline.types.Backend`. `int8-u8u8` and `int8-dynamic` it would run in floats, with more work than fp32."""
+    """See `pipeline.types.Backend`. What `int8-u8u8` and `int8-dynamic` ask for it would multiply in floats."""
 
     name = "openvino"
     option_names = frozenset({*CHOICES, "threads", "streams", "compress_to_fp16"})
