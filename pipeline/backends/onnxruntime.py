@@ -45,7 +45,10 @@ DECIDING_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_i
 
 
 class OnnxRuntime:
-    """See `pipeline.types.Backend`. Its engine is ``model.onnx`` (with ``model.onnx.data``) or ``model.ort``."""
+    """See `pipeline.types.Backend`. Its engine is ``model.onnx`` (with ``model.onnx.data``) or ``model.ort``.
+
+    Beside ``model.ort`` is what its runtime must have, and where that comes from (`pipeline.ort_mobile`).
+    """
 
     name = "onnxruntime"
     option_names = frozenset({"provider"}) | ort_gpu.CPU_OPTIONS | ort_gpu.GPU_OPTIONS
@@ -87,7 +90,7 @@ class OnnxRuntime:
         """
         import onnxruntime
 
-        from pipeline import ort_format
+        from pipeline import ort_format, ort_mobile
         from pipeline.origin import of_error
 
         if ort_gpu.check(target) != "cpu":
@@ -115,6 +118,7 @@ class OnnxRuntime:
         if file == "model.ort":
             _convert(out / "model.onnx", out / file, options)
             ort_format.make_canonical(out / file)
+            ort_mobile.write(out / file, target)
         return {"optimization": level.removeprefix("ORT_ENABLE_").lower()}
 
     @contextlib.contextmanager

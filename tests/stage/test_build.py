@@ -181,7 +181,10 @@ def test_engines_for_other_machines_are_built_where_it_is_possible(relu, tmp_pat
     target = row("onnxruntime", {"format": "ort"}, platform="android", machine="aarch64", arch="armv8-a")
     backend = backends.find("onnxruntime")
 
-    assert "model.ort" in engine(tmp_path / "engine", relu, target).artifact.files
+    built = engine(tmp_path / "engine", relu, target)
+    assert "model.ort" in built.artifact.files
+    assert built.file("required_operators.config").read_text() == 'ai.onnx;14;Relu{"inputs": {"0": ["float"]}}\n'
+    assert "onnxruntime-android" in built.file("runtime.json").read_text()
     assert "it is for android" in backend.not_runnable(target)
     assert '"extended" builds anywhere' in backend.missing(
         target.model_copy(update={"options": {"optimization": "all"}})
@@ -190,7 +193,7 @@ def test_engines_for_other_machines_are_built_where_it_is_possible(relu, tmp_pat
 
 def test_the_plug_in_in_the_documentation_works(relu, tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "targets.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = (one for one in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Plain" in one)
     scope = {}
     exec(code, scope)
     backend, target = scope["BACKEND"], row("plain")
