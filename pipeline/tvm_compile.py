@@ -12,7 +12,7 @@ from pipeline import tvm_math
 from pipeline.tvm_integer import integer_contractions
 from pipeline.tvm_layout import channels_last
 from pipeline.tvm_nests import Chooser, Registers, as_the_rule
-from pipeline.tvm_passes import clipped_lookups, sorted_shape_functions
+from pipeline.tvm_passes import clipped_lookups, sorted_shape_functions, split_layouts
 from pipeline.tvm_rounding import rounded_at_once
 from pipeline.tvm_schedules import RULE
 from pipeline.tvm_schedules import scheduled as by_rule
@@ -47,7 +47,7 @@ def scheduled(module: Any, where: Any, registers: Registers, choose: Chooser = a
     passes = [
         by_rule(registers, choose),
         # constants that the schedules want in another layout get it now, not at every call
-        transform.SplitLayoutRewritePreproc(),
+        split_layouts(lambda nest: bool(nest.attrs and nest.attrs.get(RULE) == "contraction")),
         transform.FoldConstant(),
         transform.DeadCodeElimination(["main"]),
     ]

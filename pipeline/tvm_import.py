@@ -59,12 +59,13 @@ def _from_onnx(model: Stored, target: Target) -> Any:
     from tvm.relax.frontend.onnx import from_onnx
 
     from pipeline.origin import of_error
+    from pipeline.tvm_onnx import importable
 
     path = model.file("model.onnx")
     said = io.StringIO()
     try:
         with _import_of_a_model(said):
-            return from_onnx(onnx.load(path), keep_params_in_input=False)
+            return from_onnx(importable(onnx.load(path)), keep_params_in_input=False)
     except Exception as error:  # converters raise whatever they meet
         # for an operator that it has but can't convert, only what it prints has the operator's name
         place = of_error(path, f"{error} {said.getvalue()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from tvm import s_tir, tirx
 
 from pipeline.tvm_dots import Dot
 
+CURVES = re.compile(r"\bT\.(exp|erf|tanh|sigmoid)\(")  # what `tvm_math` writes as polynomials
 LARGEST_VECTORISED = 64  # a loop of constant length up to this becomes vector code as a whole
 
 
@@ -115,6 +117,25 @@ def inline(schedule: Any, keep: frozenset[str] = frozenset()) -> None:
     fold(schedule.reverse_compute_inline, behind_one_elementwise)
 
 
+def costly(schedule: Any) -> frozenset[str]:
+    """Blocks with an `exp` or the like that would be done several times if they were folded into their readers.
+
+    A chain of such is worse: each is a polynomial that reads its argument a hundred times, and TVM writes out the
+    product of that before it simplifies it.
+    """
+    every = {schedule.get(block).name_hint: block for block in blocks(schedule) if not reduces(schedule, block)}
+    curves = {name for name, block in every.items() if CURVES.search(str(schedule.get(block).body))}
+    before: set[str] = set()  # a curve
+    found: set[str] = set()
+    for name, block in reversed(every.items()):
+        readers = [schedule.get(one).name_hint for one in schedule.get_consumers(block)]
+        if any(one in curves or one in before for one in readers):
+            before.add(name)
+        if name in curves and (name in before or len(readers) > 1):
+            found.add(name)
+    return frozenset(found)
+
+
 def row_axis(schedule: Any, spatial: list[Any]) -> int | None:
     """Which axis gives the rows of a tile: the innermost before the columns that isn't 1."""
     for place in range(len(spatial) - 2, -1, -1):
@@ -138,6 +159,14 @@ def in_order(schedule: Any, columns: Any, outer: list[Any], order: int = PANELS_
     rest = [loop for loop in outer if loop not in dynamic]
     place = {PANELS_FIRST: 0, PANELS_LAST: len(rest), PANELS_SECOND: min(1, len(rest))}[order]
     return [*dynamic, *rest[:place], columns, *rest[place:]]
+
+
+def fusible(schedule: Any, loops: list[Any]) -> list[Any]:
+    """The outer loops that can become one: all lengths but the first divide its index, and TVM knows too little about
+    a product of two dynamic ones.
+    """
+    dynamic = [place for place, loop in enumerate(loops) if place and extent_of(schedule, loop) is None]
+    return loops[: dynamic[1]] if len(dynamic) > 1 else loops
 
 
 def spread(schedule: Any, makers: list[Any], registers: Registers) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tvm
@@ -46,3 +47,23 @@ def sorted_shape_functions() -> Any:
     Each store has a slot of its own and reads only the sizes of inputs, so their order means nothing.
     """
     return tvm.transform.module_pass(_sorted_shape_functions, opt_level=0, name="SortShapeFunctions")
+
+
+def split_layouts(wanted: Callable[[tirx.PrimFunc], bool]) -> Any:
+    """A pass that does TVM's `SplitLayoutRewritePreproc` to the `wanted` loop nests only: it fails on what a scatter is
+    lowered to, which is no nest of blocks.
+    """
+
+    def run(module: tvm.IRModule, _context: object) -> tvm.IRModule:
+        others = {
+            variable: function
+            for variable, function in module.functions.items()
+            if isinstance(function, tirx.PrimFunc) and not wanted(function)
+        }
+        part = {variable: one for variable, one in module.functions.items() if variable not in others}
+        found = relax.transform.SplitLayoutRewritePreproc()(tvm.IRModule(part, attrs=module.attrs))
+        for variable, function in others.items():
+            found[variable] = function
+        return found
+
+    return tvm.transform.module_pass(run, opt_level=0, name="SplitLayouts")

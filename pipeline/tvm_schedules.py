@@ -31,7 +31,9 @@ from pipeline.tvm_nests import (
     Registers,
     as_the_rule,
     blocks,
+    costly,
     extent_of,
+    fusible,
     in_order,
     inline,
     reduces,
@@ -222,7 +224,7 @@ def _tile(schedule: Any, block: Any, row: int | None, tile: Choice, registers: R
 
 
 def _plain(schedule: Any, registers: Registers, _choose: Chooser) -> None:
-    inline(schedule)
+    inline(schedule, costly(schedule))
     for block in blocks(schedule):
         if not schedule.get_loops(block):
             continue
@@ -260,7 +262,8 @@ def _plain_reduction(schedule: Any, block: Any) -> None:
         if width is not None:
             schedule.vectorize(inner)
     if outer:
-        schedule.parallel(schedule.fuse(*outer) if len(outer) > 1 else outer[0])
+        together = fusible(schedule, outer)
+        schedule.parallel(schedule.fuse(*together) if len(together) > 1 else together[0])
     if along:  # last: afterwards the block no longer counts as a reduction, and nothing more can be done to it
         schedule.decompose_reduction(block, summed[0])
 
