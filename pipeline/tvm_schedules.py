@@ -14,6 +14,7 @@ A nest that fits neither rule stays as it is: slow, and right.
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 import tvm
@@ -44,6 +45,7 @@ from pipeline.tvm_nests import (
     vectorise,
 )
 
+LINES = 16  # of an image, whose border is added at once in a depthwise convolution
 SCHEDULED = "tirx.is_scheduled"
 RULE = "exportyard.rule"  # attribute of a loop nest: the rule that scheduled it
 LONG = 4096  # a single loop of this length is worth several cores
@@ -201,7 +203,12 @@ def _tile(schedule: Any, block: Any, row: int | None, tile: Choice, registers: R
         tiles, one = schedule.split(spatial[row], [None, height])
         outer.append(tiles)
         rows.append(one)
-    tiles_in_order = in_order(schedule, columns, outer, order)
+    if makers and len(outer) == 3 and _by_channel(schedule, block):
+        band, line = schedule.split(outer[1], [None, _band(extent_of(schedule, outer[1]))])
+        apart, together = [outer[0], columns, band], [line, outer[2]]
+    else:
+        apart, together = in_order(schedule, columns, outer, order), []
+    tiles_in_order = [*apart, *together]
     schedule.reorder(*tiles_in_order, *summed, *rows, column)
 
     after = schedule.get_consumers(block)
@@ -215,9 +222,29 @@ def _tile(schedule: Any, block: Any, row: int | None, tile: Choice, registers: R
     for loop in rows:
         schedule.unroll(loop)
     vectorise(schedule, schedule.get_loops(finish)[-1], registers)
-    spread(schedule, makers, registers)
-    schedule.parallel(schedule.fuse(*tiles_in_order) if len(tiles_in_order) > 1 else tiles_in_order[0])
+    if together:
+        for maker in makers:
+            schedule.compute_at(maker, apart[-1])
+            vectorise(schedule, schedule.get_loops(maker)[-1], registers)
+    else:
+        spread(schedule, makers, registers)
+    schedule.parallel(schedule.fuse(*apart) if len(apart) > 1 else apart[0])
     schedule.decompose_reduction(block, summed[0])
+
+
+def _by_channel(schedule: Any, block: Any) -> bool:
+    """Whether each column reads a column of its own of the first operand, as in a depthwise convolution.
+
+    Then the border is added to one band of one panel at a time, which stays in the cache: there is so little to do with
+    each value that a copy of the whole image would cost as much as the convolution.
+    """
+    found = schedule.get(block)
+    last = [axis.var for axis in found.iter_vars if axis.iter_type == tirx.IterVar.DataPar][-1]
+    return last.name in re.findall(r"\w+", str(found.reads[0].region[-1].min))
+
+
+def _band(lines: int | None) -> int:
+    return max(count for count in range(1, LINES + 1) if lines is None or lines % count == 0)
 
 
 # --- everything else -----------------------------------------------------------------------------------------------

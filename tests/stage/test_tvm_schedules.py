@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 tvm = pytest.importorskip("tvm")
 
@@ -68,6 +69,30 @@ def test_product_runs_as_vectors_in_parallel():
     assert "T.parallel" in text
     assert "T.vectorized(16)" in text
     assert "T.unroll(7)" in text  # 2 vectors a row leave room for 7 rows in 14 registers
+
+
+@pytest.mark.parametrize("registers", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize(("lines", "stride", "channels"), [(18, 1, 32), (13, 1, 48), (34, 2, 64), (5, 1, 24)])
+def test_depthwise_convolution_adds_its_border_band_by_band(lines, stride, channels, registers):
+    image, kernel = te.placeholder((2, lines, 12, channels)), te.placeholder((3, 3, channels))
+    padded = topi.nn.pad(image, (0, 1, 1, 0), (0, 1, 1, 0))
+    dy, dx = te.reduce_axis((0, 3)), te.reduce_axis((0, 3))
+    high, wide = (lines - 1) // stride + 1, 11 // stride + 1
+
+    def sums(n, y, x, c):
+        return te.sum(padded[n, y * stride + dy, x * stride + dx, c] * kernel[dy, dx, c], axis=[dy, dx])
+
+    out = topi.nn.relu(te.compute((2, high, wide, channels), sums))
+    module = scheduled([image, kernel, out], registers)
+    a, b = random(2, lines, 12, channels), random(3, 3, channels)
+
+    image_, kernel_ = (torch.from_numpy(array) for array in (a.transpose(0, 3, 1, 2), b.transpose(2, 0, 1)[:, None]))
+    want = torch.relu(torch.nn.functional.conv2d(image_, kernel_, stride=stride, padding=1, groups=channels))
+    got = run(module, [a, b], (2, high, wide, channels))
+    np.testing.assert_allclose(got, want.numpy().transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+    text = module["main"].script()
+    assert text.count("T.parallel") == 1
+    assert text.index("T.parallel") < text.index('T.sblock("PadInput")')
 
 
 @pytest.mark.parametrize(
