@@ -91,7 +91,19 @@ def job_of(name: str, root: Path) -> Job:
         "images", "float32", '["batch", 3, 224, 224]', "[-2.5, 2.5]"
     )
     architectures.write_recipe(root, MOBILE)
+    _loosen(root / "recipes" / MOBILE.name / "recipe.toml")
     return run.prepare(Workspace(root), name, targets=[TARGET, sides.TARGET])
+
+
+def _loosen(recipe: Path) -> None:
+    """With seeded weights INT8 costs 0.03 of cosine. A budget of 0.01 would keep most convolutions in float, and
+    INT8's speed is the question here.
+    """
+    text = recipe.read_text()
+    for strict, loose in (("drop = 0.01", "drop = 0.05"), ("cosine = 0.99", "cosine = 0.95")):
+        assert strict in text
+        text = text.replace(strict, loose)
+    recipe.write_text(text)
 
 
 def graph(job: Job, scheme: Scheme, fixed: bool, folder: Path) -> Stored:

@@ -13,13 +13,15 @@ tvm = pytest.importorskip("tvm")
 from tvm import relax  # noqa: E402
 from tvm.relax.frontend.onnx import from_onnx  # noqa: E402
 
-from pipeline import host, store, tvm_compile, tvm_import  # noqa: E402
+from pipeline import backends, host, store, tvm_compile, tvm_import  # noqa: E402
 from pipeline.backends import find  # noqa: E402
 from pipeline.errors import BuildError  # noqa: E402
 from pipeline.stages.audit import audit  # noqa: E402
 from pipeline.stages.build import build  # noqa: E402
 from pipeline.tvm_cpu import registers_of  # noqa: E402
 from pipeline.types import Audit, Axis, Signature, Target, TensorSpec  # noqa: E402
+from tests import arm  # noqa: E402
+from tests.arm import needs_emulator  # noqa: E402
 
 VNNI = "icelake-server"
 needs_vnni = pytest.mark.skipif("avx512_vnni" not in host.cpu_features(), reason="this CPU has no VNNI")
@@ -116,6 +118,13 @@ def as_written(model, feed):
     return session.run(None, {"x": feed})[0]
 
 
+def assert_near(found, want):
+    far = np.abs(found - want) / np.abs(want).max()
+    # a value on the edge between two steps may fall on either side, and others read it
+    assert (far > 2e-3).mean() < 2e-3
+    assert far.max() < 0.02
+
+
 def assert_same(model, shapes, integers):
     module, where = scheduled(model, VNNI)
     assert tvm_compile.integer_contractions_of(module) == integers
@@ -123,10 +132,7 @@ def assert_same(model, shapes, integers):
     for shape in shapes:
         feed = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
         want, found = as_written(model, feed), machine["main"](tvm.runtime.tensor(feed)).numpy()
-        far = np.abs(found - want) / np.abs(want).max()
-        # a value on the edge between two steps may fall on either side, and others read it
-        assert (far > 2e-3).mean() < 2e-3
-        assert far.max() < 0.02
+        assert_near(found, want)
 
 
 @needs_vnni
@@ -245,3 +251,26 @@ def test_a_processor_without_the_instruction_is_refused(tmp_path):
 
     with pytest.raises(BuildError, match="no dot products of uint8 with int8 on `x86-64-v3` \\(it has none"):
         build(model, row("x86-64-v3"), "int8-u8s8", tmp_path / "out")
+
+
+@needs_emulator
+@pytest.mark.parametrize("kind", ["product", "depthwise"])
+def test_integers_on_an_emulated_board(tmp_path, kind):
+    made = product(22, 40, np.int8) if kind == "product" else depthwise(24, (3, 3), 2, activations=np.int8)
+    (batch, *rest), (result,) = (
+        (("batch", "seq", 22) if kind == "product" else ("batch", 24, 15, 13)),
+        made.graph.output,
+    )
+    shape = tuple(one.dim_param or one.dim_value for one in result.type.tensor_type.shape.dim)
+    target = arm.row(arch="neoverse-n1", schemes=["int8-s8s8"], vs_onnx={"int8-s8s8": {"sqnr_db": 12}})
+    model = stored(tmp_path / "onnx", made, (batch, *rest), shape)
+    engine = store.make(
+        tmp_path / "engine", store.Key("engine"), lambda out: build(model, target, "int8-s8s8", out)
+    ).stored
+    feed = np.random.default_rng(1).standard_normal([3 if isinstance(one, str) else one for one in (batch, *rest)])
+
+    with backends.loaded(engine, target) as run:
+        (found,) = run({"x": feed.astype(np.float32)}).values()
+
+    assert engine.artifact.facts["int8"] == (1 if kind == "product" else 2)
+    assert_near(found, as_written(made, feed.astype(np.float32)))
