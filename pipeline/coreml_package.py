@@ -156,14 +156,16 @@ def read(folder: Path) -> Any:
     return spec
 
 
-def fault(spec: Any, signature: Signature) -> str | None:
-    """Where the model is called otherwise than the signature says, or None."""
+def fault(spec: Any, signature: Signature, half: bool = False) -> str | None:
+    """Where the model is called otherwise than the signature says, or None; in `half` precision it returns that."""
     for side, wanted in (("input", signature.inputs), ("output", signature.outputs)):
         found = getattr(spec.description, side)
         if [one.name for one in found] != [one.name for one in wanted]:
             return f"its {side}s are {[one.name for one in found]}, not {[one.name for one in wanted]}"
         for feature, tensor in zip(found, wanted, strict=True):
-            wrong = _tensor_fault(feature.type.multiArrayType, tensor, signature, side == "input")
+            narrow = half and side == "output" and tensor.dtype == "float32"
+            shown = tensor.model_copy(update={"dtype": "float16"}) if narrow else tensor
+            wrong = _tensor_fault(feature.type.multiArrayType, shown, signature, side == "input")
             if wrong is not None:
                 return f"{side} `{tensor.name}`: {wrong}"
     return None

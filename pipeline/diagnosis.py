@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from pipeline import backends, emulator, gpu, host
+from pipeline import backends, emulator, environments, gpu, host
 from pipeline.types import Target
 
 TOOLS: tuple[tuple[str, str], ...] = (
@@ -19,6 +19,9 @@ TOOLS: tuple[tuple[str, str], ...] = (
     ("onnxruntime", "backend onnxruntime; calibration"),
     ("apache-tvm", "backend tvm: `pip install 'exportyard[tvm]'`"),
     ("ziglang", "linking tvm engines for other machines: `pip install ziglang`"),
+    ("executorch", "backend executorch: `pip install 'exportyard[executorch]'`"),
+    ("ai-edge-litert", "running litert engines: `pip install 'exportyard[litert]'`"),
+    ("coremltools", "backend coreml: `pip install 'exportyard[coreml]'`"),
     ("dvc", "releases"),
     ("gto", "release tags"),
     ("prefect", "flows: `pip install 'exportyard[flows]'`"),
@@ -63,8 +66,10 @@ def tool_rows() -> list[list[str]]:
     found = [[name, host.version(name) or "[yellow]missing[/]", escape(use)] for name, use in TOOLS]
     git = shutil.which("git")
     arm = "missing" if emulator.absent() else "found"
+    converter = "[yellow]missing[/]" if environments.absent("litert") else "found"
     return [
         *found,
+        ["litert-torch", converter, "backend litert: `exportyard setup litert`"],
         ["git", "found" if git else "[red]missing[/]", "releases; Debian package `git`"],
         [
             "emulator",

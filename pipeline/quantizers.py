@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import torch
-
 from pipeline import host
 from pipeline.errors import UnavailableError, UsageError, unknown
 from pipeline.types import Scheme
@@ -56,32 +54,43 @@ def folds(name: str) -> bool:
 
 
 def _xnnpack(scheme: Scheme, reach: Reach) -> Any:
-    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as library
 
-    return _symmetric(xnnpack_quantizer, scheme, reach)
+    taken = _taken(scheme, reach)
+
+    class Quantizer(library.XNNPACKQuantizer):  # type: ignore[misc]
+        SUPPORTED_PATTERNS = [one for one in library.XNNPACKQuantizer.SUPPORTED_PATTERNS if taken(one.name)]  # noqa: RUF012
+        transform_for_annotation = _as_it_is
+
+    return _symmetric(Quantizer(), library, scheme)
 
 
 def _litert(scheme: Scheme, reach: Reach) -> Any:
-    from torchao.testing.pt2e import _xnnpack_quantizer  # a copy of ExecuTorch's, in a package of 3 MB
+    from torchao.testing.pt2e import _xnnpack_quantizer as library  # an older copy of it, without ExecuTorch
 
-    return _symmetric(_xnnpack_quantizer, scheme, reach)
+    taken = _taken(scheme, reach)
 
-
-def _symmetric(library: Any, scheme: Scheme, reach: Reach) -> Any:
     class Quantizer(library.XNNPACKQuantizer):  # type: ignore[misc]
-        def transform_for_annotation(self, model: Any) -> Any:
-            """Nothing: the library would turn integers that are added to indices into floats."""
-            return model
+        STATIC_OPS = [one for one in library.XNNPACKQuantizer.STATIC_OPS if taken(one)]  # noqa: RUF012
+        transform_for_annotation = _as_it_is
 
-    chooser = Quantizer()
+    return _symmetric(Quantizer(), library, scheme)
+
+
+def _as_it_is(_: Any, model: Any) -> Any:
+    """No rewrite before annotation: the library would turn integers that are added to indices into floats."""
+    return model
+
+
+def _taken(scheme: Scheme, reach: Reach) -> Callable[[str], bool]:
+    """Which of the library's patterns are looked for."""
+    products = ("linear",) if scheme == DYNAMIC else ("linear", "linear_relu", "conv", "conv_relu")
+    return lambda pattern: reach == "everything" or pattern in products
+
+
+def _symmetric(chooser: Any, library: Any, scheme: Scheme) -> Any:
     settings = library.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=scheme == DYNAMIC)
-    if reach == "everything":
-        return chooser.set_global(settings)
-    aten = torch.ops.aten
-    convolutions = () if scheme == DYNAMIC else (aten.conv2d.default, aten.conv1d.default)
-    for operator in (aten.linear.default, *convolutions):
-        chooser.set_operator_type(operator, settings)
-    return chooser
+    return chooser.set_global(settings)
 
 
 def _inductor(scheme: Scheme, reach: Reach) -> Any:

@@ -86,7 +86,7 @@ class CoreMl:
                 hint="change that part of the model, or leave out the target in the recipe's `targets`",
             ) from error
         package.write(spec, weights, out / package.PACKAGE)
-        wrong = package.fault(package.read(out / package.PACKAGE), signature)
+        wrong = package.fault(package.read(out / package.PACKAGE), signature, half)
         if wrong is not None:
             raise BuildError(
                 f"coreml can't build `{target.name}`: the package is not what the signature says: {wrong}",
@@ -108,7 +108,8 @@ class CoreMl:
         from pipeline import coreml_package as package
 
         path, signature = engine.path / package.PACKAGE, engine.signature()
-        wrong = package.fault(package.read(path), signature)
+        half = _choice(target, "precision", "float32", PRECISIONS) == "float16"
+        wrong = package.fault(package.read(path), signature, half)
         if wrong is not None:
             raise BuildError(f"`{path}` is not what `signature.json` says: {wrong}")
         reason = self.not_runnable(target)

@@ -67,7 +67,11 @@ def parity(
         metric, failure = _evaluate(recipe, run, engine.signature(), answers, kinds)
     report(steps, steps, f"parity {target.name} {scheme}")
     minds = {_spell(one): text for one in combinations if (text := _minds_padding(engine, among, answers, one, kinds))}
-    reasons = [*minds.values(), *_judge(sizes, minds, target, scheme), *(failure or _judge_metric(recipe, metric))]
+    reasons = [
+        *minds.values(),
+        *_judge(sizes, minds, model, target, scheme),
+        *(failure or _judge_metric(recipe, metric)),
+    ]
     found = ParityReport(
         recipe=recipe.name,
         target=target.name,
@@ -169,8 +173,9 @@ def _pool(name: str, kinds: Mapping[str, OutputKind], reference: list[Outputs], 
     return compare.pooled(name, [one[name] for one in reference], [one[name] for one in found], kinds[name])
 
 
-def _judge(sizes: list[SizeParity], known: Collection[str], target: Target, scheme: Scheme) -> list[str]:
-    """Where the engine isn't the graph that it came from: at most one line a size, none for those in `known`."""
+def _judge(sizes: list[SizeParity], known: Collection[str], model: Stored, target: Target, scheme: Scheme) -> list[str]:
+    """Where the engine isn't the model that it came from: at most one line a size, none for those in `known`."""
+    what = "its ONNX graph" if "model.onnx" in model.artifact.files else "its quantised program"
     reasons = []
     for one in sizes:
         if _spell(one.sizes) in known:
@@ -180,7 +185,7 @@ def _judge(sizes: list[SizeParity], known: Collection[str], target: Target, sche
             continue
         broken = [text for found in one.vs_onnx for text in compare.violations(found, target.vs_onnx[scheme])]
         if broken:
-            reasons.append(f"not its ONNX graph at {_spell(one.sizes)}: {'; '.join(broken)}")
+            reasons.append(f"not {what} at {_spell(one.sizes)}: {'; '.join(broken)}")
     return reasons
 
 

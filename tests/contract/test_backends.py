@@ -30,6 +30,7 @@ OPTIONS = {
 }
 OPTIONS["onnxruntime"] += [{"provider": "cuda"}, {"provider": "cuda", "cuda_graph": True}, {"provider": "tensorrt"}]
 HEAVY = ("numpy", "torch", "onnx", "onnxruntime", "openvino", "tvm", "tensorrt", "torch_tensorrt")
+HEAVY += ("executorch", "coremltools", "ai_edge_litert", "torchao")
 
 
 def row(backend, options, **changes):
