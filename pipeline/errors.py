@@ -80,7 +80,7 @@ class ConversionError(ExportyardError):
 
 
 class NotApplicable(ConversionError):  # noqa: N818  a fact about the model, not a fault
-    """This numeric form has no meaning for this model: it has no operator that could be quantised, say."""
+    """This form has no meaning for this model: no operator could be quantised, say, or one has no ONNX form at all."""
 
 
 class BuildError(ExportyardError):

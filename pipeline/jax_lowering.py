@@ -155,7 +155,8 @@ def _torchax_without_effects() -> Iterator[None]:
     """Inside, torchax can be imported with torch 2.13, and leaves the rest of this process as it is.
 
     It asks torch for forms with named dimensions, which are no more: they get a name that nothing calls. It makes
-    itself a device of torch, after which torch.compile fails; switches a kernel of attention off; introduces itself to XLA.
+    itself a device of torch, after which torch.compile fails; switches a kernel of attention off; and tells XLA its
+    name.
     """
     original = OpOverloadPacket.__getattr__
 

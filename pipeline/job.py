@@ -19,7 +19,7 @@ from pydantic import JsonValue
 
 from pipeline import backends, digest, host, recipes, store
 from pipeline import targets as rows_of
-from pipeline.errors import CheckpointError, DataError, NotApplicable, UnavailableError, nearest
+from pipeline.errors import CheckpointError, DataError, NotApplicable, UnavailableError, first_line, nearest
 from pipeline.store import Key, Made, write_json
 from pipeline.types import Audit, Comparison, LatencyReport, ParityReport, Recipe, Reporter, Scheme, Target, no_report
 from pipeline.workspace import Workspace
@@ -68,9 +68,19 @@ class Job:
         return self.workspace.artifacts / self.recipe.name
 
     def _make(self, step: str, key: Callable[[], Key], work: Work) -> Made:
+        def ready(out: Path) -> Mapping[str, JsonValue]:
+            self._define_operators()
+            return work(out)
+
         if step not in self.made:
-            self.made[step] = self.maker.make(self.folder / step, key(), work)
+            self.made[step] = self.maker.make(self.folder / step, key(), ready)
         return self.made[step]
+
+    def _define_operators(self) -> None:
+        """Import the user's code if the program has operators of its own: without them it can't even be read."""
+        program = self.made.get("program")
+        if program is not None and program.stored.artifact.facts.get("operators") and self.recipe.factory is not None:
+            recipes.resolve(self.recipe, self.recipe.factory, "factory")
 
     # --- from the recipe to the fp32 graph -------------------------------------------------------------------------
 
@@ -168,6 +178,22 @@ class Job:
         return self._fp32() if scheme == "fp32" else self._quantized(scheme)
 
     def _fp32(self) -> Made:
+        made = self._graph()
+        if NOT_APPLICABLE in made.stored.artifact.files:
+            raise NotApplicable(str(made.stored.artifact.facts["reason"]), hint=str(made.stored.artifact.facts["hint"]))
+        return made
+
+    def graph(self) -> Made:
+        """The fp32 graph; of a model that has none, what says so, as long as one of the targets needs none.
+
+        Raises:
+            NotApplicable: there is none, and every target needs it.
+        """
+        if any(backends.find(target.backend).source(target) == "program" for target in self.targets):
+            return self._graph()
+        return self._fp32()
+
+    def _graph(self) -> Made:
         def key() -> Key:
             code = self.recipe.translations
             inputs = {"program": self.program().stored.digest, "code": recipes.code_digest(self.recipe, code)}
@@ -177,7 +203,11 @@ class Job:
         def work(out: Path) -> Mapping[str, JsonValue]:
             from pipeline.stages.to_onnx import to_onnx
 
-            return to_onnx(self.recipe, self.program().stored, out)
+            try:
+                return to_onnx(self.recipe, self.program().stored, out)
+            except NotApplicable as error:
+                told = f"no ONNX graph, so engines are compared with the program: {first_line(error)}"
+                return {**_not_applicable("fp32", error, out), "hint": error.hint, "warnings": [told]}
 
         return self._make("onnx/fp32", key, work)
 
@@ -276,7 +306,12 @@ class Job:
     def form(self, target: Target, scheme: Scheme) -> Made:
         """The model in one numeric form, as `target` is meant to keep it: what its engines are compared with."""
         quantizer = backends.quantizer(target, scheme)
-        return self.onnx(scheme) if quantizer is None else self.quantized_program(scheme, quantizer)
+        if quantizer is not None:
+            return self.quantized_program(scheme, quantizer)
+        if scheme == "fp32" and backends.find(target.backend).source(target) == "program":
+            graph = self._graph()
+            return self.program() if NOT_APPLICABLE in graph.stored.artifact.files else graph
+        return self.onnx(scheme)
 
     def form_steps(self, target: Target, scheme: Scheme) -> Iterator[tuple[str, Callable[[], Made]]]:
         """What leads from the model in fp32 to `form`; nothing where that can't be made."""

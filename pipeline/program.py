@@ -42,6 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _FILE_IN_TRACE = re.compile(r'File "([^"]+)"')
 _SYMBOL = re.compile(r"\b[su]\d+\b")
+_OF_TORCH = frozenset({"aten", "prim", "prims", "higher_order"})
 _exporter = threading.RLock()
 
 
@@ -224,6 +225,14 @@ def short_path(path: str, root: Path) -> str:
         with contextlib.suppress(ValueError):
             return Path(path).relative_to(base).as_posix()
     return Path(path).name
+
+
+def custom_operators(program: ExportedProgram) -> list[str]:
+    """Operators of the program that torch hasn't, as ``mine::twice``: whoever reads it must define them first."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    called = {node.target for graph in graphs for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    names = {target._schema.name for target in called}
+    return sorted(name for name in names if name.partition("::")[0] not in _OF_TORCH)
 
 
 def axis_symbols(program: ExportedProgram, recipe: Recipe) -> dict[str, str]:

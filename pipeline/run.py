@@ -139,7 +139,7 @@ def upstream(job: Job) -> Iterator[tuple[str, Callable[[], Made]]]:
     yield "checkpoint", job.checkpoint
     yield "data", job.data
     yield "program", job.program
-    yield "onnx/fp32", lambda: job.onnx("fp32")
+    yield "onnx/fp32", job.graph
 
 
 def timed(step: str, make: Callable[[], Made], watch: Watcher) -> Made:

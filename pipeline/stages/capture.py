@@ -49,6 +49,7 @@ def capture(recipe: Recipe, checkpoint: Stored, out: Path) -> dict[str, JsonValu
     write_json(out / "signature.json", signature.plain())
     spans: dict[str, JsonValue] = {name: [axis.min, axis.max] for name, axis in recipe.axes.items()}
     facts |= {"mode": mode, "ranges": spans, "nodes": len(program.graph.nodes), **checkpoints.count(model)}
+    facts["operators"] = [*programs.custom_operators(program)]
     return facts
 
 

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline import pins, recipes
 from pipeline import program as programs
-from pipeline.errors import ConversionError, RecipeError, nearest
+from pipeline.errors import ConversionError, NotApplicable, RecipeError, nearest
 from pipeline.store import Stored, write_json
 from pipeline.types import Recipe
 
@@ -35,7 +35,8 @@ def to_onnx(recipe: Recipe, program: Stored, out: Path, inline_bytes: int = INLI
     """Write ``model.onnx`` and ``signature.json`` into `out`; weights of `inline_bytes` or more go to a file beside.
 
     Raises:
-        ConversionError: an operator has no ONNX form, or the result is not a valid model.
+        NotApplicable: an operator has no ONNX form.
+        ConversionError: the exporter fails, or the result is not a valid model.
         RecipeError: `translations` is wrong.
     """
     source = programs.load_program(program, recipe)
@@ -139,7 +140,7 @@ def _explained(recipe: Recipe, program: ExportedProgram, error: BaseException) -
         )
     name = found.group(1).replace(".", "::", 1)
     line = _user_line(program, found.group(1))
-    return ConversionError(
+    return NotApplicable(
         f"recipe `{recipe.name}`: operator `{name}` has no ONNX form in opset {recipe.opset}"
         + (f"\n  at {line}" if line else ""),
         hint=f'use other operators there, or give one: `translations = "model:translations"` that returns '
