@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 FILE = "model.tflite"
 ENVIRONMENT = "litert"
 SCRIPT = Path(__file__).parents[1] / "native" / "litert_convert.py"
+KNOWN = ("aten", "prims", "quantized_decomposed")  # operators that torch brings along
 LIMITS = -(2**31), 2**31 - 1
 _RAISED = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Iteration)\b")
 
@@ -137,13 +138,22 @@ def _failed(source: Path, target: Target, printed: str) -> BuildError:
     from pipeline import program as programs
     from pipeline.origin import of_program_error
 
+    program = programs.load(source)
     raised = [line for line in printed.splitlines() if _RAISED.match(line)]
     told = (raised or printed.strip().splitlines() or ["no message"])[-1][:300]
-    known = of_program_error(programs.load(source), told)
+    strange = next((name for name in map(_operator, program.graph.nodes) if name.partition(".")[0] not in KNOWN), "")
+    if strange:
+        told = f"the recipe's own operator {strange} is not known in the converter's environment"
+    known = of_program_error(program, told)
     return BuildError(
         f"litert can't build `{target.name}`: {told}{known}",
         hint="change that part of the model, or leave out the target in the recipe's `targets`",
     )
+
+
+def _operator(node: Any) -> str:
+    """``namespace.name.overload`` of a call of an operator; ``aten`` for all else."""
+    return str(node.target) if type(node.target).__name__ == "OpOverload" else "aten"
 
 
 def _to(array: NDArray[Any], detail: Mapping[str, Any]) -> NDArray[Any]:

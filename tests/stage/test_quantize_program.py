@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import backends, program, quantizers, retrace, run
+from pipeline import backends, program, quantizers, release, retrace, run
 from pipeline.errors import UsageError
 from pipeline.types import Axis, Signature, Target, TensorSpec
 from pipeline.workspace import Workspace
@@ -81,6 +81,18 @@ def test_model_without_products_has_no_int8_form(tmp_path):
     made = job(tmp_path, model=PLAIN, recipe=recipe).quantized_program("int8-u8s8", "inductor")
 
     assert "finds no operator that it takes" in made.stored.artifact.facts["reason"]
+
+
+def test_dvc_makes_the_same_program(tmp_path):
+    work = job(tmp_path)
+    made = work.quantized_program("int8-dynamic", "inductor")
+    work.engine(work.targets[0], "fp32")
+
+    (step,) = (one for one in release.steps(work, []) if one.cmd.endswith("programs/int8-dynamic-inductor"))
+
+    assert step.outs == ("artifacts/tiny/programs/int8-dynamic-inductor",)
+    assert {"artifacts/tiny/program", "artifacts/tiny/data"} <= set(step.deps)
+    assert run.make_step(work, step.cmd.split()[-1]) == made.stored.path
 
 
 def test_quantizers_are_known_by_name_and_scheme():
