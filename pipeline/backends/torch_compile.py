@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import JsonValue
@@ -21,8 +23,6 @@ from pipeline.errors import BuildError, StoreError, first_line, unknown
 from pipeline.types import Runner, Scheme, Signature, Target
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch.export import ExportedProgram
 
     from pipeline.store import Stored
@@ -52,6 +52,8 @@ class TorchCompile:
             return "the package `torch` is not installed"
         if shutil.which("g++") is None:
             return "there is no C++ compiler (Debian package `g++`)"
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():  # what it compiles are modules of Python
+            return "Python's headers are not installed (Debian package `python3-dev`)"
         return targets.unfit(target)
 
     def tools(self, target: Target) -> Mapping[str, str]:  # noqa: ARG002
