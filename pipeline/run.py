@@ -239,7 +239,7 @@ def candidates(job: Job, target: Target, watch: Watcher = ignore) -> tuple[list[
                 timed(f"tuning/{target.name}/{scheme}", partial(job.tuning, target, scheme), watch)
             timed(f"engine/{target.name}/{scheme}", partial(job.engine, target, scheme), watch)
             built.append(scheme)
-        except (BuildError, errors.ConversionError) as error:
+        except (BuildError, UnavailableError, errors.ConversionError) as error:
             left_out[scheme] = error.message
     return built, left_out
 

@@ -51,7 +51,8 @@ class AotInductor:
 
     name = "aotinductor"
     option_names = frozenset({"freezing", "max_autotune"})
-    schemes: frozenset[Scheme] = frozenset({"fp32"})
+    quantizer = "inductor"
+    schemes: frozenset[Scheme] = frozenset({"fp32", "int8-u8s8", "int8-dynamic"})
 
     def source(self, target: Target) -> Literal["onnx", "program"]:  # noqa: ARG002
         """It takes the program."""
@@ -196,7 +197,8 @@ def _compiled(program: ExportedProgram, model: Stored, target: Target) -> bytes:
     from pipeline import program as programs
 
     package = io.BytesIO()
-    with programs.quiet(), _workshop() as folder, torch.random.fork_rng():
+    # while gradients may be asked for, torch freezes nothing, and doesn't say so
+    with programs.quiet(), _workshop() as folder, torch.random.fork_rng(), torch.no_grad():
         from torch._inductor.utils import clear_caches  # what it remembers names files of an earlier folder
         from torch.export.passes import move_to_device_pass
 
