@@ -18,18 +18,9 @@ def _identity(monkeypatch, tmp_path):
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
 
 
-def test_the_packaged_rows_are_the_repository_s():
-    packaged = REPOSITORY / "pipeline/scaffold/targets.toml"
-    assert packaged.read_text() == (REPOSITORY / "targets/targets.toml").read_text(), (
-        "copy targets/targets.toml to pipeline/scaffold/targets.toml"
-    )
-
-
-def test_the_deployments_of_a_new_workspace_are_this_repository_s():
-    packaged = REPOSITORY / "pipeline/scaffold/prefect.yaml"
-    assert packaged.read_text() == (REPOSITORY / "prefect.yaml").read_text(), (
-        "copy prefect.yaml to pipeline/scaffold/prefect.yaml"
-    )
+@pytest.mark.parametrize(("packaged", "original"), [("targets.toml", "targets/targets.toml"), ("prefect.yaml",) * 2])
+def test_what_a_new_workspace_starts_with_is_this_repository_s_own(packaged, original):
+    assert (REPOSITORY / "pipeline/scaffold" / packaged).samefile(REPOSITORY / original)
 
 
 def test_a_new_workspace(tmp_path):
