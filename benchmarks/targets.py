@@ -26,7 +26,7 @@ sys.path.pop(0)  # run as a script, this folder is first on it, where the librar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import side_by_side as sides
-from pipeline import backends, run, summary
+from pipeline import backends, run, summary, targets
 from pipeline.job import Job
 from pipeline.run import Verdict
 from pipeline.stages.benchmark import timed_sizes
@@ -62,13 +62,13 @@ class Found:
 
 
 def rows_here(rows: Mapping[str, Target], wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Names of the rows that are built and run here, and why the others are not."""
+    """Names of the rows that are built and timed here, and why the others are not."""
     here, others = [], {}
     for name, row in rows.items():
         if wanted and name not in (*wanted, BASE[0], EAGER[0]):
             continue
         backend = backends.find(row.backend)
-        reason = backend.missing(row) or backend.not_runnable(row)
+        reason = backend.missing(row) or backend.not_runnable(row) or targets.not_measured(row)
         if reason is None:
             here.append(name)
         else:
