@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import ExportyardError, WorkspaceError
@@ -13,6 +14,22 @@ VARIABLE = "EXPORTYARD_WORKSPACE"
 
 REFUSED = "EXPORTYARD_REFUSED"
 """Why `enter_workspace` found none: message and hint, for the flow that starts next in this process."""
+
+SETTINGS: Mapping[str, str] = {
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # the least that Prefect allows; see `deploy.SILENT_S`
+    "PREFECT_WORKER_QUERY_SECONDS": "3",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline",  # what stages log is shown with the run
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # never pickle, which runs code where it is read
+    "DO_NOT_TRACK": "1",
+}
+"""What a worker of ours sets, for itself and the runs that it starts, where its operator hasn't."""
+
+
+def prepare_worker(workspace: Workspace) -> None:
+    """Set the environment of this process for a worker that serves `workspace`; before Prefect is imported."""
+    os.environ[VARIABLE] = str(workspace.root)
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 
 def enter_workspace(recorded: str) -> dict[str, str]:
