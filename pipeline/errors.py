@@ -89,6 +89,10 @@ class BuildError(ExportyardError):
     exit_code = 9
 
 
+class LimitError(BuildError):
+    """A builder took more time or memory than it may and was ended, or it died."""
+
+
 class UnavailableError(ExportyardError):
     """Not on this host: a package, compiler or device is missing."""
 

@@ -17,11 +17,30 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from pipeline import backends, digest, host, recipes, store
+from pipeline import backends, digest, host, limits, recipes, store
 from pipeline import targets as rows_of
-from pipeline.errors import CheckpointError, DataError, NotApplicable, UnavailableError, first_line, nearest
-from pipeline.store import Key, Made, write_json
-from pipeline.types import Audit, Comparison, LatencyReport, ParityReport, Recipe, Reporter, Scheme, Target, no_report
+from pipeline.errors import (
+    CheckpointError,
+    DataError,
+    LimitError,
+    NotApplicable,
+    UnavailableError,
+    first_line,
+    nearest,
+)
+from pipeline.store import Key, Made, Stored, write_json
+from pipeline.types import (
+    Audit,
+    Comparison,
+    LatencyReport,
+    Limits,
+    ParityReport,
+    Recipe,
+    Reporter,
+    Scheme,
+    Target,
+    no_report,
+)
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -49,7 +68,10 @@ class Job:
     Attributes:
         targets: rows to build, those among which a row of `asked` chooses included.
         asked: rows that the user wants; `targets` if empty.
+        limits: what a builder may take whose row has no such limit; None lets those of rows without `limits` work in
+            this process.
         made: what this job has made or verified, so that it is done once.
+        ended: steps whose builders were ended; they aren't tried again.
     """
 
     workspace: Workspace
@@ -59,8 +81,11 @@ class Job:
     report: Reporter = no_report
     maker: Maker = field(default_factory=Maker)
     asked: list[Target] = field(default_factory=list)
+    limits: Limits | None = None
     made: dict[str, Made] = field(default_factory=dict)
+    ended: dict[str, LimitError] = field(default_factory=dict)
     _answers: Answers | None = None
+    _logs: set[str] = field(default_factory=set)
 
     @property
     def folder(self) -> Path:
@@ -72,15 +97,24 @@ class Job:
             self._define_operators()
             return work(out)
 
+        if step in self.ended:
+            raise self.ended[step]
         if step not in self.made:
-            self.made[step] = self.maker.make(self.folder / step, key(), ready)
+            try:
+                self.made[step] = self.maker.make(self.folder / step, key(), ready)
+            except LimitError as error:
+                self.ended[step] = error
+                raise
         return self.made[step]
 
     def _define_operators(self) -> None:
         """Import the user's code if the program has operators of its own: without them it can't even be read."""
+        if self._has_operators():
+            _define_operators(self.recipe)
+
+    def _has_operators(self) -> bool:
         program = self.made.get("program")
-        if program is not None and program.stored.artifact.facts.get("operators") and self.recipe.factory is not None:
-            recipes.resolve(self.recipe, self.recipe.factory, "factory")
+        return program is not None and bool(program.stored.artifact.facts.get("operators"))
 
     # --- from the recipe to the fp32 graph -------------------------------------------------------------------------
 
@@ -395,18 +429,31 @@ class Job:
             return Key("engine", inputs, config | {"scheme": scheme}, tools)
 
         def work(out: Path) -> Mapping[str, JsonValue]:
-            from pipeline.stages.build import build
-
             tuning = self.tuning(target, scheme).stored.path if self.tunes(target) else None
-            return build(self._source(target, scheme).stored, target, scheme, out, tuning)
+            recipe = self.recipe if self._has_operators() else None
+            arguments = recipe, self._source(target, scheme).stored, target, scheme, out, tuning
+            allowed = limits.of(target, self.limits)
+            if allowed is None:
+                return _build(*arguments)
+            return limits.kept(target, allowed, self._builders_log(target), _build, *arguments)
 
+        step = f"engine/{target.name}/{scheme}"
         reason = self.missing(target)
-        if reason is not None:
+        if reason is not None and step not in self.made:  # another host may have made it
             raise UnavailableError(
                 f"`{target.name}` can't be built on this host: {reason}",
                 hint="`exportyard doctor` says what to install",
             )
-        return self._make(f"engine/{target.name}/{scheme}", key, work)
+        return self._make(step, key, work)
+
+    def _builders_log(self, target: Target) -> Path:
+        """Where what the target's builders print goes; that of earlier jobs is forgotten."""
+        log = self.folder / ".logs" / f"{target.name}.log"
+        if target.name not in self._logs:
+            self._logs.add(target.name)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_bytes(b"")
+        return log
 
     def parity(self, target: Target, scheme: Scheme) -> Made:
         """How far the engine is from its ONNX graph and from eager fp32."""
@@ -433,8 +480,7 @@ class Job:
             engine, model = self.engine(target, scheme).stored, self.form(target, scheme).stored
             return parity(self.recipe, engine, model, self.answers(), target, scheme, out, self.report)
 
-        self._must_run(target)
-        return self._make(f"parity/{target.name}/{scheme}", key, work)
+        return self._make(self._run(target, f"parity/{target.name}/{scheme}"), key, work)
 
     def parity_report(self, target: Target, scheme: Scheme) -> ParityReport:
         """The content of `parity`."""
@@ -476,8 +522,7 @@ class Job:
             engines = {scheme: self.engine(target, scheme).stored for scheme in schemes}
             return benchmark(self.recipe, target, engines, self.program().stored, out, self.report)
 
-        self._must_run(target)
-        return self._make(f"latency/{target.name}", key, work)
+        return self._make(self._run(target, f"latency/{target.name}"), key, work)
 
     def latency_report(self, target: Target, schemes: tuple[Scheme, ...]) -> LatencyReport:
         """The content of `latency`."""
@@ -507,10 +552,16 @@ class Job:
         """The content of `comparison`."""
         return Comparison.model_validate_json(self.comparison(target, rows).stored.file("comparison.json").read_text())
 
-    def _must_run(self, target: Target) -> None:
+    def _run(self, target: Target, step: str) -> str:
+        """`step`, for which engines of `target` are run, unless another host has done it.
+
+        Raises:
+            UnavailableError: this host can't run them.
+        """
         reason = self.not_runnable(target)
-        if reason is not None:
+        if reason is not None and step not in self.made:
             raise UnavailableError(f"`{target.name}` can't be run on this host: {reason}")
+        return step
 
     def answers(self) -> Answers:
         """What eager fp32 and the graphs answer, kept while this job lives."""
@@ -530,6 +581,22 @@ class Job:
         if self._answers is not None:
             self._answers.close()
             self._answers = None
+
+
+def _define_operators(recipe: Recipe) -> None:
+    if recipe.factory is not None:
+        recipes.resolve(recipe, recipe.factory, "factory")
+
+
+def _build(
+    recipe: Recipe | None, model: Stored, target: Target, scheme: Scheme, out: Path, tuning: Path | None
+) -> Mapping[str, JsonValue]:
+    """The stage build, perhaps in a new process; `recipe` is there if its code defines operators of the model."""
+    from pipeline.stages.build import build
+
+    if recipe is not None:
+        _define_operators(recipe)
+    return build(model, target, scheme, out, tuning)
 
 
 def _not_applicable(scheme: Scheme, error: NotApplicable, out: Path) -> Mapping[str, JsonValue]:

@@ -16,11 +16,11 @@ from typing import Literal, Protocol, cast, get_args
 
 from pipeline import backends, choice, errors, store
 from pipeline import targets as rows_of
-from pipeline.errors import BuildError, ExportyardError, ParityError, ReleaseError, UnavailableError
+from pipeline.errors import BuildError, ExportyardError, LimitError, ParityError, ReleaseError, UnavailableError
 from pipeline.job import Job, Maker, Work, check_checkpoint_file
 from pipeline.processes import end_with_parent
 from pipeline.store import Key, Made, Stored
-from pipeline.types import Audit, Chosen, LatencyReport, ParityReport, Reporter, Scheme, Target, no_report
+from pipeline.types import Audit, Chosen, LatencyReport, Limits, ParityReport, Reporter, Scheme, Target, no_report
 from pipeline.workspace import Workspace
 
 LONG_S = 4.0
@@ -83,6 +83,7 @@ def prepare(
     targets: Sequence[str] | None = None,
     report: Reporter = no_report,
     maker: Maker | None = None,
+    limits: Limits | None = None,
 ) -> Job:
     """A job, with every name checked before anything runs.
 
@@ -93,6 +94,7 @@ def prepare(
         targets: names of rows; None means the recipe's `targets`, or every row of the workspace.
         report: told how far long work is.
         maker: makes artifacts; the default makes them in the store.
+        limits: what builders may take whose rows don't say it.
 
     Raises:
         UsageError: a recipe, target, backend or option that doesn't exist, with the nearest name.
@@ -108,7 +110,7 @@ def prepare(
         rows_of.check_options(target, backends.find(target.backend).option_names)
     if checkpoint is not None:
         check_checkpoint_file(checkpoint)
-    job = Job(workspace, found, chosen, checkpoint and checkpoint.resolve(), report, asked=asked)
+    job = Job(workspace, found, chosen, checkpoint and checkpoint.resolve(), report, asked=asked, limits=limits)
     if maker is not None:
         job.maker = maker
     return job
@@ -321,14 +323,16 @@ def _build_at_once(job: Job, buildable: Sequence[Target], jobs: int, watch: Watc
 
     Measuring is not done there: two engines measured at once would measure each other.
     """
-    root, recipe, checkpoint = job.workspace.root, job.recipe.name, job.given_checkpoint
+    common = job.workspace.root, job.recipe.name, job.given_checkpoint, job.limits
     count, context = min(jobs, len(buildable)), get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=context, initializer=end_with_parent) as pool:
-        running = [pool.submit(_worker, root, recipe, checkpoint, target.name) for target in buildable]
+        running = [pool.submit(_worker, *common, target.name) for target in buildable]
         try:
             for future in running:
-                for step, state, seconds in future.result():
+                steps, ended = future.result()
+                for step, state, seconds in steps:
                     watch(step, state, seconds)
+                job.ended |= ended
         except BrokenProcessPool:
             raise BuildError(
                 "a builder process died (killed, or out of memory)",
@@ -338,10 +342,15 @@ def _build_at_once(job: Job, buildable: Sequence[Target], jobs: int, watch: Watc
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _worker(root: Path, recipe: str, checkpoint: Path | None, target: str) -> list[tuple[str, str, float]]:
-    """One target in a process of its own. Failures are left to the parent, which meets them again."""
+def _worker(
+    root: Path, recipe: str, checkpoint: Path | None, limits: Limits | None, target: str
+) -> tuple[list[tuple[str, str, float]], dict[str, LimitError]]:
+    """One target in a process of its own: what was done, and what had to be ended.
+
+    Other failures are left to the parent, which meets them again.
+    """
     steps: list[tuple[str, str, float]] = []
-    job = prepare(Workspace(root), recipe, checkpoint=checkpoint, targets=[target])
+    job = prepare(Workspace(root), recipe, checkpoint=checkpoint, targets=[target], limits=limits)
     row = job.targets[0]
     with closing(job):
         built, _ = candidates(job, row, lambda step, state, seconds: steps.append((step, state, seconds)))
@@ -349,7 +358,7 @@ def _worker(root: Path, recipe: str, checkpoint: Path | None, target: str) -> li
             for scheme in built:
                 with suppress(BuildError):
                     job.parity(row, scheme)
-    return [entry for entry in steps if entry[1] != "cached"]
+    return [entry for entry in steps if entry[1] != "cached"], job.ended
 
 
 class _StaleError(Exception):

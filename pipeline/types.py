@@ -307,6 +307,24 @@ Buckets = Annotated[Mapping[str, tuple[int, ...]] | None, BeforeValidator(_bucke
 """Sizes of each axis that engines are built for; an axis that isn't there has its opt and its max."""
 
 
+class Limits(Frozen):
+    """What the builder of one engine may take.
+
+    Attributes:
+        minutes: on the clock.
+        memory_gb: resident memory of all its processes together, in 10^9 bytes.
+    """
+
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _limited(self) -> Limits:
+        if self.minutes is None and self.memory_gb is None:
+            raise ValueError("limits nothing; expected `minutes`, `memory_gb` or both")
+        return self
+
+
 class Target(Frozen):
     """One row of ``targets/targets.toml``: hardware, backend and precision policy.
 
@@ -321,6 +339,7 @@ class Target(Frozen):
         candidates: for a row of the backend ``auto``: the rows among which it chooses; it has no schemes of its own.
         buckets: fixed sizes, one engine for each combination (`pipeline.buckets`); None is one engine for all sizes.
             In the file ``"auto"`` stands for an empty table.
+        limits: what its builders may take, each of which then runs in a process of its own. They decide no bytes.
     """
 
     name: Name
@@ -337,6 +356,7 @@ class Target(Frozen):
     options: Mapping[str, str | int | bool] = {}
     device: Device | None = None
     buckets: Buckets = None
+    limits: Limits | None = None
 
     @model_validator(mode="after")
     def _covered(self) -> Target:

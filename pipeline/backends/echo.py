@@ -6,13 +6,18 @@ Options of a row:
     fail: ``build``, ``load`` or ``run`` raises there, as a broken backend would; ``missing`` says that this host
         can't build it.
     sleep_ms: how long a build takes.
+    hang: ``here`` or ``child``: a build never ends, in C code that lets nothing else run, or in a child's.
+    memory_mb: how much memory a build takes.
+    say: what a build prints, first from Python, then from another program.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,7 +45,7 @@ class Echo:
     """See `pipeline.types.Backend`. Its engine is a copy of the ONNX graph."""
 
     name = "echo"
-    option_names = frozenset({"reference", "fail", "sleep_ms"})
+    option_names = frozenset({"reference", "fail", "sleep_ms", "hang", "memory_mb", "say"})
     schemes = ALL
 
     def source(self, target: Target) -> Literal["onnx", "program"]:  # noqa: ARG002
@@ -60,12 +65,12 @@ class Echo:
         return host.versions(["onnx"])
 
     def build(self, model: Stored, target: Target, out: Path) -> Mapping[str, JsonValue]:
-        """Copy the graph, after `sleep_ms`.
+        """Copy the graph, after what the row plays.
 
         Raises:
             RuntimeError: the row plays a broken backend.
         """
-        time.sleep(float(target.options.get("sleep_ms", 0)) / 1000)
+        _work(target.options)
         _play(target, "build")
         for name in model.artifact.files:
             if name != "signature.json":
@@ -102,6 +107,21 @@ class Echo:
             return {name: array.copy() for name, array in zip(names, found, strict=True)}
 
         yield checked(run, signature)
+
+
+def _work(options: Mapping[str, str | int | bool]) -> None:
+    """What a builder does that takes time and memory."""
+    words, megabytes = options.get("say"), int(options.get("memory_mb", 0))
+    if words is not None:
+        print(words)
+        subprocess.run(["echo", str(words)], check=True)
+    held = bytearray(b"x") * (1_000_000 * megabytes)  # bytes that are written, or they would take no room
+    time.sleep(float(options.get("sleep_ms", 0)) / 1000)
+    del held
+    if options.get("hang") == "child":
+        subprocess.run(["sleep", "3600"], check=True, start_new_session=True)
+    elif options.get("hang") is not None:
+        ctypes.PyDLL(None).sleep(3600)
 
 
 def _play(target: Target, moment: str) -> None:

@@ -6,7 +6,6 @@ Options of a row:
     import: ``onnx`` (default) or ``program``: which artifact it reads.
     weights: ``inside`` the library, ``beside`` it, or ``auto`` (default): beside it when it would be too large.
     threads: threads that run one operator; 0 (default) takes every core.
-    limit_s: seconds that a build may take before it is ended; 0 (default) is no limit.
     tune: ``off`` (default), ``cached``: take records of earlier tuning, or ``minutes:N``: and measure what has none,
         for at most N minutes an engine.
 """
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import JsonValue
 
-from pipeline import host, processes, targets, tvm_cpu, tvm_import, tvm_link, tvm_records, tvm_remote, tvm_weights
+from pipeline import host, targets, tvm_cpu, tvm_import, tvm_link, tvm_records, tvm_remote, tvm_weights
 from pipeline.backends import checked
 from pipeline.errors import BuildError, UnavailableError, UsageError, unknown
 from pipeline.types import Reporter, Runner, Scheme, Target
@@ -47,7 +46,7 @@ class Tvm:
     """See `pipeline.types.Backend`. Its engine is ``model.so``, which holds code and weights (see `tvm_link`)."""
 
     name = "tvm"
-    option_names = frozenset({"import", "threads", "weights", "limit_s", "tune", "device.rpc"})
+    option_names = frozenset({"import", "threads", "weights", "tune", "device.rpc"})
     schemes: frozenset[Scheme] = frozenset({"fp32", "int8-u8s8", "int8-s8s8"})
 
     def source(self, target: Target) -> Literal["onnx", "program"]:
@@ -116,20 +115,7 @@ class Tvm:
         reason = self.missing(target)
         if reason is not None:
             raise UnavailableError(f"`{target.name}`: {reason}")
-        limit = int(target.options.get("limit_s", 0))
-        if not limit:
-            return _built(model, target, choices, out)
-        try:
-            return processes.within(limit, _built, model, target, choices, out)
-        except TimeoutError:
-            raise BuildError(
-                f"tvm's build for `{target.name}` took longer than {limit} s, and was ended",
-                hint="raise `limit_s` of the row, or leave it out",
-            ) from None
-        except EOFError:
-            raise BuildError(
-                f"tvm's build for `{target.name}` died (killed, or out of memory)", hint="see how much memory is free"
-            ) from None
+        return _built(model, target, choices, out)
 
     @contextlib.contextmanager
     def load(self, engine: Stored, target: Target, threads: int | None = None) -> Iterator[Runner]:
@@ -186,9 +172,6 @@ def _check(target: Target) -> None:
     tune = target.options.get("tune", "off")
     if tune not in TUNING and not _minutes(target):
         raise unknown("value of `tune`", str(tune), (*TUNING, "minutes:10"), where=f"target `{target.name}`")
-    limit = target.options.get("limit_s", 0)
-    if not isinstance(limit, int) or limit < 0:
-        raise UsageError(f"target `{target.name}`: limit_s = {limit!r}", hint="expected whole seconds; 0 is no limit")
 
 
 def _before_threads() -> None:

@@ -85,8 +85,6 @@ def test_engine_has_the_models_signature(relu, out):
         (row("onnxruntime", {"threads": -1}), "fp32", UsageError, "threads = -1"),
         (row("tvm", {"import": "onxx"}), "fp32", UsageError, "(?s)value of `import` `onxx`.*`onnx`"),
         (row("tvm", arch="cortex-z80"), "fp32", UsageError, "unknown LLVM processor `cortex-z80`"),
-        (row("tvm", {"limit_s": -1}), "fp32", UsageError, "limit_s = -1"),
-        (row("tvm", {"limit_s": 1}), "fp32", BuildError, "took longer than 1 s, and was ended"),
         (row("tvm"), "int8-u8u8", UsageError, "(?s)can't carry scheme `int8-u8u8`.*`fp32`"),
         (
             row("tvm", {"import": "program"}, schemes=["int8-u8s8"], vs_onnx={"int8-u8s8": Tolerance(sqnr_db=12)}),
