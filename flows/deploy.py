@@ -65,7 +65,7 @@ def _pools(client: SyncPrefectClient, names: list[str], *, dry: bool) -> list[Ch
                 hint="rename the `pool` of the rows in targets/targets.toml, or delete it: `prefect work-pool delete`",
             )
         if name not in there and not dry:
-            description = f"Builds, checks and measures on hardware of class {name}: `exportyard worker {name}`"
+            description = f"`exportyard worker {name}` starts a worker"
             client.create_work_pool(WorkPoolCreate(name=name, type="process", description=description))
         found.append(Change("work pool", name, "unchanged" if name in there else "created"))
     return found
@@ -116,10 +116,12 @@ def _triggers(client: SyncPrefectClient, one: Wanted, deployment: str, *, dry: b
     found = []
     for trigger in one.triggers:
         trigger.set_deployment_id(UUID(deployment))
-        found.append(_automation(client, trigger.as_automation(), dry=dry))
+        ours = trigger.as_automation().model_copy(update={"tags": [TAG, one.title]})
+        found.append(_automation(client, ours, dry=dry))
     names = {change.name for change in found}
     for automation in client.read_automations():
-        if automation.owner_resource == f"prefect.deployment.{deployment}" and automation.name not in names:
+        # known by its tags, since the server doesn't tell whose it is
+        if {TAG, one.title} <= set(automation.tags) and automation.name not in names:
             if not dry:
                 client.delete_automation(automation.id)
             found.append(Change("automation", automation.name, "removed"))
@@ -132,10 +134,11 @@ def _automation(client: SyncPrefectClient, automation: AutomationCore, *, dry: b
         if not dry:
             client.create_automation(automation)
         return Change("automation", automation.name, "created")
-    new, old = automation.model_dump(mode="json"), there[0].model_dump(mode="json")
+    new = automation.model_dump(mode="json", exclude={"owner_resource"})  # which is for new ones only
+    old = there[0].model_dump(mode="json")
     differs = [key for key in new if _plain(new[key]) != _plain(old[key])]
     if differs and not dry:
-        client.update_automation(there[0].id, automation)
+        client.request("PUT", "/automations/{id}", path_params={"id": there[0].id}, json=new)
     return Change("automation", automation.name, "updated" if differs else "unchanged", ", ".join(differs))
 
 
@@ -143,6 +146,7 @@ def _silent_runs() -> AutomationCore:
     """Runs of ours whose process is gone, and their worker with it, are crashed: nobody else would ever say so."""
     return AutomationCore(
         name="exportyard: a run without heartbeats has crashed",
+        tags=[TAG],
         description=f"Its process and its worker are gone: nothing was heard of it for {SILENT_S} s.",
         trigger=EventTrigger(
             after={HEARTBEAT},

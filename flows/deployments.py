@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,13 @@ TAG = "exportyard"
 
 STEP = "flows.steps.enter_workspace"
 BUILD = "flows.build.build"
+LEAD = "lead"
+"""Pool of the runs that wait for others."""
+
 KEYS = ("name", "description", "entrypoint", "parameters", "tags", "work_pool", "concurrency_limit", "triggers")
 POOL_KEYS = ("name", "job_variables")
 LIMIT_KEYS = ("limit", "collision_strategy", "grace_period_seconds")
+STRATEGIES = ("ENQUEUE", "CANCEL_NEW")
 IGNORED = ("prefect-version", "name", "definitions", "build", "push")
 
 
@@ -105,6 +109,8 @@ def _deployment(entry: Mapping[str, Any], pull: Sequence[Mapping[str, Any]]) -> 
     _check("key", entry, KEYS, where)
     _check("key of `work_pool`", pool, POOL_KEYS, where)
     _check("key of `concurrency_limit`", options, LIMIT_KEYS, where)
+    strategy = str(options.get("collision_strategy", STRATEGIES[0]))
+    _check("`collision_strategy`", [strategy], STRATEGIES, where)
     flow = _flow(entry.get("entrypoint"), where)
     schema = parameter_schema(flow).model_dump_for_openapi()
     # the server then refuses names that it doesn't know, whoever starts the run; by default it takes them
@@ -124,7 +130,7 @@ def _deployment(entry: Mapping[str, Any], pull: Sequence[Mapping[str, Any]]) -> 
         "concurrency_limit": options["limit"],
         "concurrency_options": {key: value for key, value in options.items() if key != "limit"} or None,
     }
-    return Wanted(flow.name, name, str(pool.get("name") or "cpu"), body, triggers)
+    return Wanted(flow.name, name, str(pool.get("name") or LEAD), body, triggers)
 
 
 def _flow(entrypoint: str | None, where: str) -> Flow[..., Any]:
@@ -157,7 +163,8 @@ def _trigger(
     return found
 
 
-def _check(what: str, given: Mapping[str, Any], known: Sequence[str] | Mapping[str, Any], where: str) -> None:
+def _check(what: str, given: Iterable[str], known: Iterable[str], where: str) -> None:
+    choices = list(known)
     for name in given:
-        if name not in known:
-            raise errors.unknown(what, name, known, where=where)
+        if name not in choices:
+            raise errors.unknown(what, name, choices, where=where)
