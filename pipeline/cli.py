@@ -156,6 +156,7 @@ def _show(job: Job, verdicts: list[run.Verdict], *, as_json: bool) -> None:
     _warn(job)
     page = report.write(job, verdicts)
     console.say(f"report: {_short(page)}")
+    _again(job, verdicts)
     failed = [verdict for verdict in verdicts if verdict.status == "failed"]
     if failed:
         first = failed[0]
@@ -166,6 +167,14 @@ def _show(job: Job, verdicts: list[run.Verdict], *, as_json: bool) -> None:
             )
         )
     _leave(verdicts)
+
+
+def _again(job: Job, verdicts: list[run.Verdict]) -> None:
+    """Say how to see each failure again, and with what."""
+    from pipeline import failures
+
+    for one in failures.of(job, verdicts):
+        console.say(escape(one.again))
 
 
 def _warn(job: Job) -> None:
@@ -256,6 +265,7 @@ def publish(
     from pipeline import release
 
     job, verdicts = _export(root, recipe, checkpoint, target, jobs)
+    _again(job, verdicts)
     published = release.publish(job, verdicts, bump, allow_dirty=allow_dirty)
     if as_json:
         print(json.dumps({"version": published.version, "tag": published.tag, "fresh": published.fresh}))

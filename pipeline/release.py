@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import JsonValue
 
-from pipeline import candidates, digest, git, manifest, recipes, record, registry, store, tags
+from pipeline import candidates, digest, failures, git, manifest, recipes, record, registry, store, tags
 from pipeline.errors import ReleaseError
 from pipeline.job import STATIC_SCHEMES, Job
 from pipeline.manifest import Manifest
@@ -39,9 +39,10 @@ def publish(job: Job, verdicts: Sequence[Verdict], bump: Bump = "patch", *, allo
     """Publish the engines that were chosen, all or nothing; a release like the newest one is not made again.
 
     Raises:
-        ReleaseError: a target failed, none passed, the recipe's code isn't committed, or git or DVC refused.
+        ReleaseError: a target that is required did not pass, none passed, the recipe's code isn't committed, or git or
+            DVC refused.
     """
-    chosen = _chosen(verdicts)
+    chosen = _chosen(verdicts, job.recipe.require)
     skipped = {found.target.name: f"{found.status}: {found.reason}" for found in verdicts if found.status != "passed"}
     root, recipe = job.workspace.root, job.recipe.name
     with store.explaining(job.folder / "release"), record.queue(root) as turn:
@@ -93,14 +94,17 @@ def _kept(folder: Path, published: Collection[str]) -> Iterator[None]:
     shutil.rmtree(kept, ignore_errors=True)
 
 
-def _chosen(verdicts: Sequence[Verdict]) -> list[Chosen]:
-    failed = [found for found in verdicts if found.status == "failed"]
-    if failed:
-        lines = "\n".join(f"  {found.target.name}: {found.reason}" for found in failed[:5])
-        raise ReleaseError(
-            f"nothing is published, since {len(failed)} of {len(verdicts)} targets failed:\n{lines}",
-            hint="correct them, or name the targets to release with `--target T`",
-        )
+def _chosen(verdicts: Sequence[Verdict], require: Literal["all"] | Sequence[str]) -> list[Chosen]:
+    stopped = failures.blocking(verdicts, require)
+    if stopped:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in [*stopped.items()][:5])
+        if require == "all":
+            what = f"since {len(stopped)} of {len(verdicts)} targets failed"
+            hint = "correct them, or name the targets to release with `--target T`"
+        else:
+            what = f"since {len(stopped)} of {len(require)} targets that the recipe requires did not pass"
+            hint = "correct them, or take them out of `require` in recipe.toml"
+        raise ReleaseError(f"nothing is published, {what}:\n{lines}", hint=hint)
     chosen = [found.chosen() for found in verdicts if found.status == "passed"]
     if not chosen:
         raise ReleaseError(

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import candidates, digest, host, pictures, store, summary
+from pipeline import candidates, digest, failures, host, pictures, store, summary
 from pipeline.candidates import Candidate
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def write(job: Job, verdicts: Sequence[Verdict]) -> Path:
     data = {
         "recipe": job.recipe.name,
         "targets": [summary.plain(verdict) for verdict in verdicts],
+        "failures": [one.plain() for one in failures.of(job, verdicts)],
+        "blocking": dict(failures.blocking(verdicts, job.recipe.require)),
         "tried": [one.plain() for one in tried],
         "warnings": job.warnings(),
         "provenance": _provenance(job),
@@ -79,8 +81,7 @@ def _page(text: str, job: Job, verdicts: Sequence[Verdict], tried: Sequence[Cand
         parity_columns=[column.strip() for column in summary.PARITY_COLUMNS],
         parity_groups=_groups(summary.parity_rows(parities)),
         good=sum(verdict.status == "passed" for verdict in verdicts),
-        bad=[verdict for verdict in verdicts if verdict.status == "failed"],
-        **{name: data[name] for name in ("warnings", "provenance", "cpu")},
+        **{name: data[name] for name in ("failures", "blocking", "warnings", "provenance", "cpu")},
     )
 
 

@@ -20,7 +20,18 @@ from pipeline.errors import BuildError, ExportyardError, LimitError, ParityError
 from pipeline.job import Job, Maker, Work, check_checkpoint_file
 from pipeline.processes import end_with_parent
 from pipeline.store import Key, Made, Stored
-from pipeline.types import Audit, Chosen, LatencyReport, Limits, ParityReport, Reporter, Scheme, Target, no_report
+from pipeline.types import (
+    Audit,
+    Chosen,
+    LatencyReport,
+    Limits,
+    ParityReport,
+    Recipe,
+    Reporter,
+    Scheme,
+    Target,
+    no_report,
+)
 from pipeline.workspace import Workspace
 
 LONG_S = 4.0
@@ -106,6 +117,7 @@ def prepare(
     names = targets or found.targets or tuple(rows)
     asked = rows_of.select(rows, names)
     chosen = rows_of.to_build(rows, asked)
+    _check_required(found, rows)
     for target in (*asked, *chosen):
         rows_of.check_options(target, backends.find(target.backend).option_names)
     if checkpoint is not None:
@@ -114,6 +126,13 @@ def prepare(
     if maker is not None:
         job.maker = maker
     return job
+
+
+def _check_required(recipe: Recipe, rows: Mapping[str, Target]) -> None:
+    """Refuse a recipe that could never be released, since it requires a target that it doesn't have."""
+    for name in () if recipe.require == "all" else recipe.require:
+        if name not in (recipe.targets or rows):
+            raise errors.unknown("target", name, recipe.targets or rows, where=f"`require` of recipe `{recipe.name}`")
 
 
 def export(job: Job, jobs: int = 1, watch: Watcher = ignore) -> list[Verdict]:

@@ -214,6 +214,13 @@ def _is_callable(source: str) -> bool:
     return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
+def _require(value: Any) -> Any:
+    names = isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value)
+    if value == "all" or names:
+        return value if value == "all" else tuple(value)
+    raise ValueError('expected "all", or a list of targets')
+
+
 class Recipe(Frozen):
     """One model: ``recipes/<name>/recipe.toml``. Callables are ``module:name``, looked up beside the file first.
 
@@ -223,6 +230,7 @@ class Recipe(Frozen):
         factory: ``module:callable() -> torch.nn.Module``; not needed for a ``.pt2`` checkpoint.
         feeds: ``module:callable(sizes, seed) -> {input: array}``, for inputs that a value range can't describe.
         translations: ``module:callable() -> {operator: onnxscript function}`` for custom operators.
+        require: targets that must have passed for a release; ``all`` stands for all that could be built.
     """
 
     name: Name
@@ -241,6 +249,7 @@ class Recipe(Frozen):
     evaluation: Evaluation
     budget: Budget
     targets: tuple[str, ...] | None = Field(default=None, min_length=1)
+    require: Annotated[Literal["all"] | tuple[str, ...], BeforeValidator(_require)] = "all"
     folder: Path = Field(exclude=True, repr=False)
     root: Path = Field(exclude=True, repr=False)
 

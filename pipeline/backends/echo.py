@@ -7,7 +7,7 @@ Options of a row:
         can't build it.
     sleep_ms: how long a build takes.
     hang: ``here`` or ``child``: a build never ends, in C code that lets nothing else run, or in a child's.
-    memory_mb: how much memory a build takes.
+    memory_mb: how much memory a build takes, to its end.
     say: what a build prints, first from Python, then from another program.
 """
 
@@ -117,11 +117,11 @@ def _work(options: Mapping[str, str | int | bool]) -> None:
         subprocess.run(["echo", str(words)], check=True)
     held = bytearray(b"x") * (1_000_000 * megabytes)  # bytes that are written, or they would take no room
     time.sleep(float(options.get("sleep_ms", 0)) / 1000)
-    del held
     if options.get("hang") == "child":
         subprocess.run(["sleep", "3600"], check=True, start_new_session=True)
     elif options.get("hang") is not None:
         ctypes.PyDLL(None).sleep(3600)
+    del held
 
 
 def _play(target: Target, moment: str) -> None:
