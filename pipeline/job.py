@@ -470,9 +470,9 @@ class Job:
             config = self.recipe.model_dump(mode="json", include={"axes", "inputs", "outputs", "evaluation"})
             config["budget"] = self.recipe.budget.model_dump(mode="json", exclude={"min_int8_share"})
             config["vs_onnx"] = target.vs_onnx[scheme].plain()
-            config |= _place(target)
+            settings, own = _build_settings(target)  # how an engine is run may depend on them, too
             tools = _tools("torch", "onnxruntime", "numpy") | recipes.code_tools(self.recipe, *metric)
-            return Key("parity", inputs, config, tools | dict(backends.find(target.backend).tools(target)))
+            return Key("parity", inputs, config | {"row": settings} | _place(target), tools | own)
 
         def work(out: Path) -> Mapping[str, JsonValue]:
             from pipeline.stages.parity import parity
@@ -514,7 +514,8 @@ class Job:
             inputs["program"] = self.program().stored.digest
             config = self.recipe.model_dump(mode="json", include={"axes", "inputs"})
             config |= {"cpu": host.cpu_name(), "threads": host.cpu_count()} | _place(target)
-            return Key("latency", inputs, config, dict(backends.find(target.backend).tools(target)) | _tools("torch"))
+            settings, own = _build_settings(target)
+            return Key("latency", inputs, config | {"row": settings}, own | _tools("torch"))
 
         def work(out: Path) -> Mapping[str, JsonValue]:
             from pipeline.stages.benchmark import benchmark
@@ -535,10 +536,11 @@ class Job:
             inputs = {name: self.engine(*row).stored.digest for name, row in rows.items()}
             inputs["program"] = self.program().stored.digest
             config = self.recipe.model_dump(mode="json", include={"axes", "inputs"})
-            tools = _tools("torch")
+            tools, settings = _tools("torch"), {}
             for name, (row, _) in rows.items():
-                tools |= {f"{name} {tool}": value for tool, value in backends.find(row.backend).tools(row).items()}
-            return Key("latency", inputs, config | {"cpu": host.cpu_name(), "rows": [*rows]}, tools)
+                settings[name], own = _build_settings(row)
+                tools |= {f"{name} {tool}": value for tool, value in own.items()}
+            return Key("latency", inputs, config | {"cpu": host.cpu_name(), "rows": settings}, tools)
 
         def work(out: Path) -> Mapping[str, JsonValue]:
             from pipeline.stages.benchmark import compare_rows

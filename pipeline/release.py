@@ -46,7 +46,7 @@ def publish(job: Job, verdicts: Sequence[Verdict], bump: Bump = "patch", *, allo
     skipped = {found.target.name: f"{found.status}: {found.reason}" for found in verdicts if found.status != "passed"}
     root, recipe = job.workspace.root, job.recipe.name
     with store.explaining(job.folder / "release"), record.queue(root) as turn:
-        dirty = registry.dirty_files(root, recipe, _code(job))
+        dirty = registry.dirty_files(root, recipe, code_of(job))
         if dirty and not allow_dirty:
             raise ReleaseError(
                 f"`{dirty[0]}` is not committed{f', nor are {len(dirty) - 1} other files' if len(dirty) > 1 else ''}, "
@@ -114,7 +114,7 @@ def _chosen(verdicts: Sequence[Verdict], require: Literal["all"] | Sequence[str]
     return chosen
 
 
-def _code(job: Job) -> list[Path]:
+def code_of(job: Job) -> list[Path]:
     """Workspace files outside the recipe's folder that it imports, relative to the workspace."""
     recipe = job.recipe
     calibration = recipe.calibration.data if recipe.calibration else None

@@ -199,6 +199,26 @@ def make(folder: Path, key: Key, work: Callable[[Path], Mapping[str, JsonValue]]
         return Made(Stored(folder, artifact), state, reason)
 
 
+def place(folder: Path, fill: Callable[[Path], None]) -> Stored:
+    """An artifact that was made elsewhere, as `folder`; `fill` writes it, its description included, into an empty one.
+
+    Raises:
+        StoreError: disk full, folder not writable, or what `fill` wrote is not the artifact that it describes.
+        ExportyardError: whatever `fill` raises.
+    """
+    with explaining(folder), _locked(folder):
+        _recover(folder)
+        fresh = _fresh(folder)
+        try:
+            fill(fresh)
+            artifact = load(fresh).artifact
+            _sync(fresh)
+            _replace(folder, fresh)
+            return Stored(folder, artifact)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def explaining(folder: Path) -> Iterator[None]:
     """Work on `folder`, in which the operating system may refuse something.
@@ -256,8 +276,7 @@ def _recover(folder: Path) -> None:
 
 
 def _write(folder: Path, key: Key, work: Callable[[Path], Mapping[str, JsonValue]]) -> Artifact:
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    fresh.chmod(0o755)
+    fresh = _fresh(folder)
     try:
         facts = dict(_with_space(fresh, work))
         files = describe(fresh)
@@ -278,6 +297,13 @@ def _write(folder: Path, key: Key, work: Callable[[Path], Mapping[str, JsonValue
         return artifact
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _fresh(folder: Path) -> Path:
+    """An empty folder, to be renamed to `folder`."""
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    fresh.chmod(0o755)
+    return fresh
 
 
 def _with_space(fresh: Path, work: Callable[[Path], Mapping[str, JsonValue]]) -> Mapping[str, JsonValue]:

@@ -9,6 +9,7 @@ Options of a row:
     hang: ``here`` or ``child``: a build never ends, in C code that lets nothing else run, or in a child's.
     memory_mb: how much memory a build takes, to its end.
     say: what a build prints, first from Python, then from another program.
+    needs: an environment variable without which this host can't build it, as if it named a package.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import os
 import shutil
 import subprocess
 import time
@@ -45,7 +47,7 @@ class Echo:
     """See `pipeline.types.Backend`. Its engine is a copy of the ONNX graph."""
 
     name = "echo"
-    option_names = frozenset({"reference", "fail", "sleep_ms", "hang", "memory_mb", "say"})
+    option_names = frozenset({"reference", "fail", "sleep_ms", "hang", "memory_mb", "say", "needs"})
     schemes = ALL
 
     def source(self, target: Target) -> Literal["onnx", "program"]:  # noqa: ARG002
@@ -54,6 +56,9 @@ class Echo:
 
     def missing(self, target: Target) -> str | None:
         """Nothing, unless the row plays it."""
+        needs = target.options.get("needs")
+        if needs is not None and str(needs) not in os.environ:
+            return f"`{needs}` is not set, which the row needs"
         return "the row says so (option `fail`)" if target.options.get("fail") == "missing" else None
 
     def not_runnable(self, target: Target) -> str | None:

@@ -201,9 +201,10 @@ def _measured(
 ) -> Iterable[tuple[Distance, ...]]:
     """Distances of the engine from the golden outputs, case by case, as far as it serves their sizes.
 
-    None where this host can't run it.
+    None where this host can't run it, or lacks the packages: another host has built and compared it then.
     """
-    if backends.find(item.target.backend).not_runnable(item.target) is not None:
+    backend = backends.find(item.target.backend)
+    if backend.missing(item.target) is not None or backend.not_runnable(item.target) is not None:
         return []
     signature = item.engine.signature()
     kinds = {spec.name: spec.kind for spec in signature.outputs}

@@ -51,9 +51,10 @@ def has_no_task(state: State[Any]) -> bool:
 
 
 def artifacts(flow_run: Any) -> dict[str, Any]:
+    """The newest artifact of each key that a flow run made."""
     with get_client(sync_client=True) as client:
         found = client.request("POST", "/artifacts/filter", json={"flow_runs": {"id": {"any_": [str(flow_run)]}}})
-    return {one["key"]: one for one in found.json()}
+    return {one["key"]: one for one in sorted(found.json(), key=lambda one: one["created"])}
 
 
 @pytest.mark.usefixtures("on_server")
