@@ -8,6 +8,8 @@ import os
 import sys
 import tempfile
 import traceback
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -16,7 +18,7 @@ from rich.markup import escape
 from typer.exceptions import TyperException
 
 from pipeline import backends, console, host, run, store, workspace
-from pipeline.errors import ExportyardError, UsageError
+from pipeline.errors import ExportyardError, UnavailableError, UsageError
 from pipeline.job import Job
 from pipeline.types import Recipe
 
@@ -351,18 +353,73 @@ def make(
     print(_short(folder))
 
 
+def _need_prefect() -> None:
+    """Raise UnavailableError where the package that only `flows/` uses is missing."""
+    if find_spec("prefect") is None:
+        raise UnavailableError("Prefect is not installed", hint="`pip install 'exportyard[flows]'`")
+
+
 @app.command()
 def doctor(root: Folder = HERE, as_json: AsJson = False) -> None:
     """Show this host, the versions of the tools, and what is missing for which target and how to get it."""
     from pipeline import diagnosis
 
     rows = workspace.find(root).rows()
+    server = _server_warning()
     if as_json:
-        print(json.dumps(diagnosis.plain(rows), indent=2))
+        print(json.dumps(diagnosis.plain(rows) | {"server": server}, indent=2))
         return
     console.table(["host", ""], diagnosis.host_rows())
     console.table(["tool", "version", "what it is for"], diagnosis.tool_rows())
     console.table(["target", "state", "how to get it"], diagnosis.target_rows(rows))
+    if server is not None:
+        console.say(f"[yellow]warning:[/] {escape(server)}")
+
+
+def _server_warning() -> str | None:
+    """Whether others can use the Prefect server, where there is one."""
+    if find_spec("prefect") is None:
+        return None
+    from flows.exposure import warning
+
+    return warning()
+
+
+@app.command()
+def deploy(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    root: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Make work pools, deployments and automations on the Prefect server, as prefect.yaml and the targets say."""
+    _need_prefect()
+    from flows.deploy import deploy
+
+    changes = deploy(workspace.find(root), dry=dry_run)
+    if as_json:
+        print(json.dumps([asdict(change) for change in changes], indent=2))
+        return
+    colours = {"created": "green", "updated": "yellow", "removed": "red", "unchanged": "dim"}
+    rows = [[one.kind, escape(one.name), f"[{colours[one.state]}]{one.state}[/]", one.what] for one in changes]
+    console.table(["kind", "name", "state", "what of it"], rows)
+    if dry_run:
+        console.say("nothing was changed; without `--dry-run` it is")
+
+
+@app.command()
+def worker(
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="Work pool whose runs this machine takes.")],
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Runs at the same time.")] = 1,
+    root: Folder = HERE,
+) -> None:
+    """Run what is scheduled in a work pool, in this clone of the workspace, until Ctrl-C or SIGTERM."""
+    _need_prefect()
+    from flows.steps import prepare_worker
+
+    prepare_worker(workspace.find(root))
+    from flows.worker import work
+
+    work(pool, limit)
 
 
 @app.command()

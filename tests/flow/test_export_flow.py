@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +12,6 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State
 
-from flows import server
 from flows.export import Outcome, export
 from flows.server import deliver
 from pipeline import manifest
@@ -160,42 +158,6 @@ def test_a_wrong_name_fails_before_anything_runs(
     assert not (new_bench.root / "artifacts" / "tiny").exists()
     shown = capsys.readouterr()
     assert "Traceback" not in shown.out + shown.err
-
-
-def prefect(env: dict[str, str], cwd: Path, *arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [str(server.script("prefect")), *arguments],
-        env=env,
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_the_documented_commands_do_the_whole_job(
-    new_bench: Bench, prefect_env: dict[str, str], tmp_path: Path
-) -> None:
-    bench = new_bench
-    env = prefect_env | {"PREFECT_WORKER_QUERY_SECONDS": "1", "OMP_NUM_THREADS": "1"}
-    (bench.root / "prefect.yaml").write_text((Path(__file__).parents[2] / "prefect.yaml").read_text())
-    bench.commit()
-    prefect(env, bench.root, "work-pool", "create", "cpu", "--type", "process")
-    prefect(env, bench.root, "deploy", "--all")
-    log = tmp_path / "worker.log"
-    # the worker stands elsewhere: the deployment, not its folder, says where the workspace is
-    with server.child(["prefect", "worker", "start", "--pool", "cpu", "--limit", "1"], env, log, cwd=tmp_path):
-        prefect(env, bench.root, "deployment", "run", "export/all", "-p", "recipe=tiny", "--watch")
-        assert bench.tags() == ["tiny@v1.0.0"]
-        prefect(env, bench.root, "deployment", "run", "export/all", "-p", "recipe=tinny", "--watch", code=1)
-    text = log.read_text()
-    assert "published tiny@v1.0.0" in text
-    assert "did you mean `tiny`" in text
-    assert "Traceback" not in text
 
 
 def test_importing_the_flow_does_not_load_torch() -> None:
