@@ -63,6 +63,11 @@ class Place:
         """Whether it is a folder of this machine's file system."""
         return "file" in _protocols(self.files)
 
+    @property
+    def name(self) -> str:
+        """What people call it: a path, or a URL."""
+        return self.root if self.local else str(self.files.unstrip_protocol(self.root))
+
     def seen(self) -> list[Seen]:
         """The files that may be checkpoints, in the order in which they were written.
 
@@ -130,7 +135,7 @@ class Place:
 
     def _away(self, error: Exception) -> UnavailableError:
         return UnavailableError(
-            f"can't read `{self.root}`: {type(error).__name__}: {first_line(error)}",
+            f"can't read `{self.name}`: {type(error).__name__}: {first_line(error)}",
             hint="see whether it is there, and whether you may read it",
         )
 

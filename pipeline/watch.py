@@ -64,6 +64,7 @@ class Watch:
     _since: dict[str, tuple[str, float]] = field(default_factory=dict)
     _said: dict[str, str] = field(default_factory=dict)
     _refused: set[tuple[str, str]] = field(default_factory=set)
+    _away: bool = False
     _pause_s: float = 0.0
     _next: float = 0.0
 
@@ -90,10 +91,14 @@ class Watch:
         try:
             seen = self.place.seen()
         except UnavailableError as error:
-            self._once("away", self.place.root, error.message)
+            self._once("away", self.place.name, error.message)
+            self._away = True
             return [error.message]
-        if self._said.pop(self.place.root, None) is not None:
-            self.say("back", self.place.root, "")
+        if self._away:
+            self._once("back", self.place.name, "")
+            self._away = False
+        if not seen:  # perhaps a name was misspelt, which an object store can't tell
+            self._once("empty", self.place.name, "no checkpoint yet")
         known = self.recipes()
         there = {one.name for one in seen}
         self._since = {name: since for name, since in self._since.items() if name in there}

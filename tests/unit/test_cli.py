@@ -22,6 +22,8 @@ SURFACE = {
     "pull": {"--to", "--from", "--target", "-t", "-C", "--json"},
     "status": {"--checkpoint", "--target", "-t", "-C", "--json"},
     "make": {"-C"},
+    "notify": {"--recipe", "--again", "--event", "-C", "--json"},
+    "watch": {"--recipe", "--pattern", "--once", "--poll", "-C"},
     "doctor": {"-C", "--json"},
     "deploy": {"--dry-run", "-C", "--json"},
     "worker": {"--limit", "-C"},

@@ -184,7 +184,7 @@ def test_a_file_that_changes_while_it_is_read_is_left_for_later(desk):
 def test_a_file_gets_its_name_when_it_is_whole(desk):
     desk.drop("digits/a.safetensors.tmp", WHOLE)
     desk.run()
-    assert desk.server.lines == []
+    assert desk.server.lines == [("empty", str(desk.folder), "no checkpoint yet")]
     (desk.folder / "digits/a.safetensors.tmp").rename(desk.folder / "digits/a.safetensors")
     desk.run()
     assert desk.server.told == ["a.safetensors"]
@@ -259,6 +259,7 @@ def test_an_object_store_is_a_place_like_any_other(tmp_path):
     desk = Desk(tmp_path, "memory://bucket/prefix")
     try:
         assert desk.run() == []
+        assert desk.server.lines == [("empty", "memory:///bucket/prefix", "no checkpoint yet")]
         store.pipe("/bucket/prefix/digits/a.safetensors", WHOLE)
         store.pipe("/bucket/prefix/digits/b.safetensors", WHOLE[:-1])
         assert desk.run() == []
