@@ -222,9 +222,8 @@ def running(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_server")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["terminated", "ctrl-c"])
 def test_a_worker_that_is_stopped_ends_its_run_and_says_so(
-    bench: Bench, prefect_env: dict[str, str], tmp_path: Path, number: signal.Signals
+    bench: Bench, prefect_env: dict[str, str], tmp_path: Path
 ) -> None:
     bench.rows(good="", slow="sleep_ms = 60000")
     text = OURS.partition("    triggers:")[0].replace("release.release", "export.export").replace("bump: minor", "")
@@ -236,7 +235,7 @@ def test_a_worker_that_is_stopped_ends_its_run_and_says_so(
         wait_for("the run", lambda: "Beginning flow run" in log.read_text())
         wait_for("the process", lambda: engines(asked.id))
         process = engines(asked.id)[0]
-        os.kill(worker, number)
+        os.kill(worker, signal.SIGTERM)
         wait_for("the end", lambda: not running(worker), 15)
     assert not running(process)
     with get_client(sync_client=True) as client:
@@ -246,6 +245,20 @@ def test_a_worker_that_is_stopped_ends_its_run_and_says_so(
     assert (run.state.message or "").endswith(
         "was stopped; what was finished is kept, and another run goes on from there"
     )
+    assert "has stopped" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.usefixtures("on_server")
+def test_a_worker_that_a_script_has_started_hears_ctrl_c(
+    bench: Bench, prefect_env: dict[str, str], tmp_path: Path
+) -> None:
+    deploy(write(bench, OURS.partition("    triggers:")[0]))
+    log = tmp_path / "worker.log"
+    with in_background(prefect_env, bench.root, log, "exportyard", "worker", "tried") as worker:
+        wait_for("the worker", lambda: "started!" in log.read_text())
+        os.kill(worker, signal.SIGINT)
+        wait_for("the end", lambda: not running(worker), 15)
     assert "has stopped" in log.read_text()
     assert "Traceback" not in log.read_text()
 
