@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -9,7 +10,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, Optional
@@ -18,7 +21,7 @@ import typer
 from rich.markup import escape
 from typer.exceptions import TyperException
 
-from pipeline import backends, console, host, run, store, workspace
+from pipeline import backends, console, host, run, store, turns, workspace
 from pipeline.errors import ExportyardError, UnavailableError, UsageError
 from pipeline.job import Job
 from pipeline.types import Recipe
@@ -133,19 +136,27 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Build, check and measure an engine for each target; what is up to date is not made again."""
-    job, verdicts = _export(root, recipe, checkpoint, target, jobs)
-    _show(job, verdicts, as_json=as_json)
+    with _exported(root, recipe, checkpoint, target, jobs) as (job, verdicts):
+        _show(job, verdicts, as_json=as_json)
 
 
-def _export(
+@contextlib.contextmanager
+def _exported(
     root: Path, recipe: str, checkpoint: Path | None, target: list[str] | None, jobs: int
-) -> tuple[Job, list[run.Verdict]]:
+) -> Iterator[tuple[Job, list[run.Verdict]]]:
+    """What an export has made; inside, no other command exports this recipe, and makes something else of it."""
     steps = console.Steps()
-    with console.progress() as report:
-        job = run.prepare(workspace.find(root), recipe, checkpoint=checkpoint, targets=target, report=report)
-        verdicts = run.export(job, jobs, steps)
-    steps.close()
-    return job, verdicts
+    with contextlib.ExitStack() as stack:
+        with console.progress() as report:
+            job = run.prepare(workspace.find(root), recipe, checkpoint=checkpoint, targets=target, report=report)
+            stack.enter_context(turns.only_one(job.folder / ".export.lock", partial(_wait, recipe)))
+            verdicts = run.export(job, jobs, steps)
+        steps.close()
+        yield job, verdicts
+
+
+def _wait(recipe: str) -> None:
+    console.say(f"another export of `{recipe}` is at work in this workspace; waiting for its end (Ctrl-C leaves)")
 
 
 def _show(job: Job, verdicts: list[run.Verdict], *, as_json: bool) -> None:
@@ -206,22 +217,21 @@ def parity(recipe: RecipeName, target: Targets = None, root: Folder = HERE, as_j
     """Show how far each engine is from its ONNX graph and from eager PyTorch, size by size."""
     from pipeline import summary
 
-    job, verdicts = _export(root, recipe, None, target, 1)
-    reports = [(verdict.target.name, found) for verdict in verdicts for found in verdict.candidates.values()]
-    if as_json:
-        print(json.dumps([found.plain() for _, found in reports], indent=2))
-    else:
-        console.table(summary.PARITY_COLUMNS, summary.parity_rows(reports), numbers=summary.PARITY_NUMBERS)
-        for name, found in reports:
-            for reason in found.reasons:
-                console.say(f"[red]failed[/] {name} {found.scheme}: {escape(reason)}")
-        for verdict in verdicts:
-            if not verdict.candidates:
-                console.say(f"[yellow]{verdict.status}[/] {verdict.target.name}: {escape(verdict.reason)}")
-    del job
-    code = next((verdict.exit_code for verdict in verdicts if verdict.status == "failed"), 0)
-    if code:
-        raise typer.Exit(code)
+    with _exported(root, recipe, None, target, 1) as (_, verdicts):
+        reports = [(verdict.target.name, found) for verdict in verdicts for found in verdict.candidates.values()]
+        if as_json:
+            print(json.dumps([found.plain() for _, found in reports], indent=2))
+        else:
+            console.table(summary.PARITY_COLUMNS, summary.parity_rows(reports), numbers=summary.PARITY_NUMBERS)
+            for name, found in reports:
+                for reason in found.reasons:
+                    console.say(f"[red]failed[/] {name} {found.scheme}: {escape(reason)}")
+            for verdict in verdicts:
+                if not verdict.candidates:
+                    console.say(f"[yellow]{verdict.status}[/] {verdict.target.name}: {escape(verdict.reason)}")
+        code = next((verdict.exit_code for verdict in verdicts if verdict.status == "failed"), 0)
+        if code:
+            raise typer.Exit(code)
 
 
 @app.command()
@@ -235,22 +245,24 @@ def quantize(
     """Show every numeric form that was tried for a target: speed, accuracy, share of INT8, and what came of it."""
     from pipeline import candidates, summary
 
-    job, verdicts = _export(root, recipe, None, target, 1)
-    tried = [one for verdict in verdicts for one in candidates.of(job, verdict)]
-    if as_json:
-        print(json.dumps([one.plain() for one in tried], indent=2))
-    else:
-        rows = [summary.candidate_row(one) for one in tried]
-        console.table(summary.CANDIDATE_COLUMNS, rows, numbers=summary.CANDIDATE_NUMBERS)
-        if explain:
-            console.table(summary.SPEED_COLUMNS, summary.speed_rows(tried), numbers=summary.SPEED_NUMBERS)
-            console.table(summary.FLOAT_COLUMNS, summary.float_rows(tried))
-            console.table(summary.SENSITIVE_COLUMNS, summary.sensitive_rows(tried), numbers=summary.SENSITIVE_NUMBERS)
-        for verdict in verdicts:
-            if explain or not candidates.of(job, verdict):
-                print(f"{verdict.target.name}: {verdict.scheme or verdict.status}: {verdict.reason}")
-    _warn(job)
-    _leave(verdicts)
+    with _exported(root, recipe, None, target, 1) as (job, verdicts):
+        tried = [one for verdict in verdicts for one in candidates.of(job, verdict)]
+        if as_json:
+            print(json.dumps([one.plain() for one in tried], indent=2))
+        else:
+            rows = [summary.candidate_row(one) for one in tried]
+            console.table(summary.CANDIDATE_COLUMNS, rows, numbers=summary.CANDIDATE_NUMBERS)
+            if explain:
+                console.table(summary.SPEED_COLUMNS, summary.speed_rows(tried), numbers=summary.SPEED_NUMBERS)
+                console.table(summary.FLOAT_COLUMNS, summary.float_rows(tried))
+                console.table(
+                    summary.SENSITIVE_COLUMNS, summary.sensitive_rows(tried), numbers=summary.SENSITIVE_NUMBERS
+                )
+            for verdict in verdicts:
+                if explain or not candidates.of(job, verdict):
+                    print(f"{verdict.target.name}: {verdict.scheme or verdict.status}: {verdict.reason}")
+        _warn(job)
+        _leave(verdicts)
 
 
 @app.command()
@@ -267,16 +279,16 @@ def publish(
     """Publish a release: manifest, DVC, remote and git tag; all or nothing."""
     from pipeline import release
 
-    job, verdicts = _export(root, recipe, checkpoint, target, jobs)
-    _again(job, verdicts)
-    published = release.publish(job, verdicts, bump, allow_dirty=allow_dirty)
-    if as_json:
-        print(json.dumps({"version": published.version, "tag": published.tag, "fresh": published.fresh}))
-    elif published.fresh:
-        print(f"published {published.tag}")
-        console.say(f"next: `exportyard pull {recipe}@{published.version} --to DIR`")
-    else:
-        print(f"nothing changed since {published.tag}")
+    with _exported(root, recipe, checkpoint, target, jobs) as (job, verdicts):
+        _again(job, verdicts)
+        published = release.publish(job, verdicts, bump, allow_dirty=allow_dirty)
+        if as_json:
+            print(json.dumps({"version": published.version, "tag": published.tag, "fresh": published.fresh}))
+        elif published.fresh:
+            print(f"published {published.tag}")
+            console.say(f"next: `exportyard pull {recipe}@{published.version} --to DIR`")
+        else:
+            print(f"nothing changed since {published.tag}")
 
 
 @app.command()

@@ -9,12 +9,20 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pipeline import store
+
 
 @contextlib.contextmanager
 def only_one(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Inside, no other process holds `path`, a file that is made for this purpose; `waiting` is called if one does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
+    """Inside, no other process holds `path`, a file that is made for this purpose; `waiting` is called if one does.
+
+    Raises:
+        StoreError: the file can't be made.
+    """
+    with store.explaining(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
