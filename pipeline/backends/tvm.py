@@ -55,8 +55,9 @@ class Tvm:
 
     def missing(self, target: Target) -> str | None:
         """The package, a linker for the row's machine, or for ``arch = "native"`` the row's own hardware."""
-        if not host.has_module("tvm"):
-            return "the package `apache-tvm` is not installed"
+        reason = host.absent("tvm", "apache-tvm", "tvm")
+        if reason is not None:
+            return reason
         if target.arch == "native":
             reason = targets.unfit(target)
             if reason is not None:
@@ -65,9 +66,7 @@ class Tvm:
 
     def not_runnable(self, target: Target) -> str | None:
         """The package, or the row's own hardware, its device, or an emulator."""
-        if not host.has_module("tvm"):
-            return "the package `apache-tvm` is not installed"
-        return tvm_remote.unreachable(target)
+        return host.absent("tvm", "apache-tvm", "tvm") or tvm_remote.unreachable(target)
 
     def tools(self, target: Target) -> Mapping[str, str]:
         """Versions of TVM and of the linker; for ``arch = "native"`` the LLVM name of this CPU."""

@@ -6,8 +6,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from pipeline import backends, origin, tvm_cpu
+from pipeline import backends, host, origin, tvm_cpu
 from pipeline.errors import BuildError
+from pipeline.types import Target
 
 
 @pytest.fixture
@@ -45,6 +46,26 @@ def test_plugin_that_can_not_be_imported_is_named(plugin):
 
     with pytest.raises(BuildError, match=r"(?s)`acme` of the package `acme-backend`.*a_package_that_is_not_there"):
         backends.find("acme")
+
+
+@pytest.mark.parametrize("name", ["coreml", "executorch", "litert", "openvino", "stablehlo", "tvm"])
+def test_a_missing_package_says_the_extra(monkeypatch, name):
+    backend = backends.find(name)
+    row = Target.model_validate(
+        {
+            "name": "here",
+            "backend": name,
+            "platform": host.system(),
+            "machine": host.machine(),
+            "arch": "native",
+            "schemes": ["fp32"],
+            "vs_onnx": {"fp32": {"max_abs": 0}},
+        }
+    )
+    monkeypatch.setattr(host, "has_module", lambda _: False)
+
+    told = f"{backend.missing(row)} {backend.not_runnable(row)}"
+    assert f"is not installed (`pip install 'exportyard[{name}]'`)" in told
 
 
 @pytest.mark.parametrize(
