@@ -169,9 +169,8 @@ def at(place: str, recipe: str | None = None, pattern: str | None = None) -> Pla
         files, root = url_to_fs(place)
     except ImportError as error:
         kind = place.partition("://")[0]
-        raise UnavailableError(
-            f"`{place}`: {first_line(error)}", hint=f"`pip install 'dvc[{kind}]'` brings it for most kinds of storage"
-        ) from None
+        package = "exportyard[s3]" if kind == "s3" else f"dvc[{kind}]"
+        raise UnavailableError(f"`{place}`: {first_line(error)}", hint=f"`pip install '{package}'`") from None
     except ValueError as error:
         raise UsageError(
             f"can't watch `{place}`: {first_line(error)}", hint="give a folder, or `s3://bucket/prefix`"

@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
 import zipfile
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import save
 
 from pipeline import digest, inbox, places
@@ -296,3 +298,24 @@ def test_a_folder_that_goes_away_is_said_and_awaited(desk):
         hidden.rename(desk.folder)
         assert watch.once() == []
     assert [word for word, _, _ in server.lines] == ["away", "back", "new", "whole", "started"]
+
+
+def test_the_workflow_for_a_hosted_ci_takes_names_as_data(tmp_path):
+    document = Path(__file__).parents[2] / "docs/examples/export-on-tag.yml"
+    # what YAML 1.1 makes of the key `on`
+    workflow = {"on" if key is True else key: value for key, value in yaml.safe_load(document.read_text()).items()}
+    assert workflow["on"] == {"push": {"tags": ["checkpoint/**"]}}
+    assert workflow["permissions"] == {"contents": "read"}
+    scripts = [step["run"] for step in workflow["jobs"]["notify"]["steps"] if "run" in step]
+    assert not any("${{" in script for script in scripts)
+    # the script itself, with commands that only say what they were asked for
+    said = tmp_path / "said"
+    for name in ("dvc", "exportyard"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {said}\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TAG": "checkpoint/digits/v1;x"}
+    subprocess.run(["bash", "-e", "-c", scripts[-1]], env=environment, check=True)
+    assert said.read_text().splitlines() == [
+        "dvc pull checkpoints/digits.safetensors",
+        "exportyard notify checkpoints/digits.safetensors --recipe digits",
+    ]
