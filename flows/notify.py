@@ -26,6 +26,7 @@ from prefect.utilities.urls import url_for
 
 from flows import stages
 from flows.api import connected
+from flows.export import IN_EXCHANGE
 from flows.steps import entered
 from pipeline import exchange
 from pipeline.errors import CheckpointError, ExportyardError, UnavailableError, UsageError, first_line
@@ -37,7 +38,6 @@ from pipeline.workspace import Workspace
 DEPLOYMENT = "export/all"
 EVENT = "checkpoint.created"
 EVENT_LIMIT_S = 30.0
-_PREFIX = "sha256:"
 
 
 def offer(workspace: Workspace, recipe: str, path: Path) -> Found:
@@ -187,11 +187,11 @@ def checkpoint_created(
 
 def _found(workspace: Workspace, recipe: str, checkpoint: str, sha256: str | None) -> Found:
     """What the event tells of, in the exchange."""
-    if checkpoint.startswith(_PREFIX):
+    handed = IN_EXCHANGE.fullmatch(checkpoint)
+    if handed is not None:
         workspace.recipe(recipe)
-        digest, _, file = checkpoint.removeprefix(_PREFIX).partition("/")
-        return Found(recipe, digest, file)
-    if "://" not in checkpoint:
+        found = Found(recipe, handed["digest"], handed["name"])
+    elif "://" not in checkpoint:
         found = offer(workspace, recipe, Path(checkpoint))
     else:
         with TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import shutil
 import signal
@@ -157,6 +158,11 @@ def test_a_server_that_is_away_is_said_to_be(bench: Bench, incoming: Path, capsy
     tell = ["notify", str(path), "--recipe", "tiny", "-C", str(bench.root)]
     with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
         assert "can't be reached" in exportyard(capsys, *tell, code=10)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Locked) as locked:
+        threading.Thread(target=locked.serve_forever, args=(0.1,), daemon=True).start()
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{locked.server_port}/api"}):
+            assert "set `PREFECT_API_AUTH_STRING`" in exportyard(capsys, *tell, code=10)
+        locked.shutdown()
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
         assert "no Prefect server is set" in exportyard(capsys, *tell, code=10)
         assert "no Prefect server is set" in exportyard(capsys, "watch", str(incoming), "-C", str(bench.root), code=10)
@@ -174,6 +180,37 @@ def test_the_flow_looks_once(bench: Bench, runs: Runs, incoming: Path) -> None:
     state = watch(str(incoming / "nowhere"), workspace=str(bench.root), return_state=True)
     assert state.is_failed()
     assert "there is no folder" in state.message
+
+
+def test_an_event_names_a_file_a_url_or_what_is_in_the_exchange(bench: Bench, runs: Runs, incoming: Path) -> None:
+    path = trained(incoming / "best.safetensors", 24)
+    sha256 = digest.of_file(path)
+
+    def created(checkpoint: str, **more: str) -> State[Any]:
+        return notify.checkpoint_created("tiny", checkpoint, workspace=str(bench.root), return_state=True, **more)
+
+    state = created(str(path), sha256="0" * 64)
+    assert state.is_failed()
+    assert f"its sha256 is {sha256}" in state.message
+    assert created(f"sha256:{sha256[:20]}/best.safetensors").message.startswith("there is no checkpoint `sha256:")
+    assert "there is no checkpoint" in created(str(incoming / "nowhere.safetensors")).message
+    assert "can't read `file:///nowhere" in created("file:///nowhere.safetensors").message
+    assert runs.of(path) == []
+    assert created(path.as_uri(), sha256=sha256).message.startswith("started http://")
+    for known in (str(path), f"sha256:{sha256}/best.safetensors"):
+        state = created(known, sha256="")
+        assert (state.is_completed(), state.name) == (True, "Duplicate")
+    assert len(runs.of(path)) == 1
+
+
+class _Locked(http.server.BaseHTTPRequestHandler):
+    """A server with a password that we don't have."""
+
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 class Forwarder(socketserver.ThreadingTCPServer):
