@@ -18,9 +18,10 @@ from prefect.states import Completed, Failed
 from rich.text import Text
 
 from flows import fanout, stages
+from flows.api import patiently
 from flows.stages import do, making, raise_if_failed
 from flows.steps import entered
-from pipeline import exchange, handover, release, report, run, summary, turns
+from pipeline import exchange, failures, handover, release, report, run, summary, turns
 from pipeline.errors import ExportyardError
 from pipeline.exchange import Exchange
 from pipeline.handover import SharedMaker
@@ -29,6 +30,7 @@ from pipeline.release import Published
 from pipeline.run import Verdict, Watcher
 from pipeline.store import Made
 from pipeline.tags import Bump
+from pipeline.types import Limits, Minutes
 from pipeline.workspace import Workspace
 
 Where = Literal["here", "pools"]
@@ -49,9 +51,9 @@ class Outcome:
 class TargetsFailedError(ExportyardError):
     """Some targets failed; the others' results stand. The exit code is the first failure's."""
 
-    def __init__(self, verdicts: Sequence[Verdict], report: Path) -> None:
+    def __init__(self, job: Job, verdicts: Sequence[Verdict], report: Path) -> None:
         failed = [verdict for verdict in verdicts if verdict.status == "failed"]
-        lines = "\n".join(f"  {verdict.target.name}: {verdict.reason}" for verdict in failed)
+        lines = "\n".join(f"  {one.target}: {one.reason}\n    {one.again}" for one in failures.of(job, verdicts))
         super().__init__(
             f"{len(failed)} of {len(verdicts)} targets failed, and nothing is published:\n{lines}",
             hint=f"`{report}` shows more; correct them, or name the targets to release with `targets`",
@@ -72,6 +74,7 @@ def export(
     where: Where = "here",
     wait_for_pool_s: float = 300.0,
     refresh: bool = False,
+    build_minutes: Minutes | None = None,
 ) -> State[Any]:
     """From the checkpoint of a recipe to a published release, with an engine for each target.
 
@@ -81,11 +84,13 @@ def export(
             handed over to the exchange.
         targets: rows of `targets/targets.toml`; by default the recipe's own choice, or all rows.
         workspace: a folder in the workspace; by default the working directory.
-        publish: make a release when every target that could be built has passed.
+        publish: make a release when the targets that the recipe requires have passed.
         bump: which number of the version to raise.
         where: `here` builds every target in this process; `pools` lets a worker of each target's pool do it.
         wait_for_pool_s: how long to wait for a worker of a pool that has none, in seconds.
         refresh: ask the workers even about targets that they have built from the same inputs before.
+        build_minutes: how long building an engine may take whose row has no `limits.minutes`; not limited by default,
+            but for workers of a pool, which allow two hours.
     """
     stages.listen()
     try:
@@ -97,6 +102,7 @@ def export(
             checkpoint=_checkpoint(found, shared, checkpoint),
             targets=targets,
             maker=None if shared is None else SharedMaker(shared),
+            limits=None if build_minutes is None else Limits(minutes=build_minutes),
         )
         waiting = partial(log.info, "another export of %s is at work in this workspace; waiting for its end", recipe)
         with closing(job), turns.only_one(job.folder / ".export.lock", waiting):
@@ -136,8 +142,9 @@ def _all(job: Job, built: Built, bump: Bump | None) -> Outcome:
     """
     verdicts, states = built()
     page = _report(job, verdicts)
-    if any(verdict.status == "failed" for verdict in verdicts):
-        raise TargetsFailedError(verdicts, page)
+    blocking = failures.blocking(verdicts, "all" if bump is None else job.recipe.require)
+    if any(verdict.status == "failed" and verdict.target.name in blocking for verdict in verdicts):
+        raise TargetsFailedError(job, verdicts, page)
     published = None if bump is None else _publish(job, verdicts, bump, states)
     return Outcome(tuple(verdicts), page, published)
 
@@ -196,10 +203,9 @@ def _report(job: Job, verdicts: Sequence[Verdict]) -> Path:
         pages.append(report.write(job, verdicts))
         key = stages.key_of(job.recipe.name)
         rows = [dict(zip(summary.COLUMNS, _plain(summary.row(verdict)), strict=True)) for verdict in verdicts]
-        create_table_artifact(
-            rows, key=f"{key}-summary", description=f"What became of each target of {job.recipe.name}"
-        )
-        create_markdown_artifact(_markdown(job, verdicts, pages[0]), key=f"{key}-report")
+        table = {"key": f"{key}-summary", "description": f"What became of each target of {job.recipe.name}"}
+        patiently(partial(create_table_artifact, rows, **table))
+        patiently(partial(create_markdown_artifact, _markdown(job, verdicts, pages[0]), key=f"{key}-report"))
         return str(pages[0])
 
     raise_if_failed(do("report", work))

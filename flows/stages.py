@@ -32,7 +32,7 @@ log = logging.getLogger("pipeline.flow")
 
 def listen() -> None:
     """Show what stages log with the run; and don't log a user's mistake with a traceback."""
-    log.setLevel(logging.INFO)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
     for name in ("prefect.task_runs", "prefect.flow_runs", "prefect.engine"):
         logging.getLogger(name).addFilter(_is_news)
 

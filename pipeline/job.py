@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 Work = Callable[[Path], Mapping[str, JsonValue]]
 NOT_APPLICABLE = "not-applicable.json"
 SEARCH = "search.json"
+LOGS = ".logs"
 TUNING = Path("targets/tuning")  # records of tuning, for all recipes; in git
 STATIC_SCHEMES: frozenset[Scheme] = frozenset({"int8-u8s8", "int8-s8s8", "int8-u8u8"})
 
@@ -72,6 +73,7 @@ class Job:
             this process.
         made: what this job has made or verified, so that it is done once.
         ended: steps whose builders were ended; they aren't tried again.
+        logs: folder for what builders print, a file a target; by default beside the recipe's artifacts.
     """
 
     workspace: Workspace
@@ -84,6 +86,7 @@ class Job:
     limits: Limits | None = None
     made: dict[str, Made] = field(default_factory=dict)
     ended: dict[str, LimitError] = field(default_factory=dict)
+    logs: Path | None = None
     _answers: Answers | None = None
     _logs: set[str] = field(default_factory=set)
 
@@ -448,7 +451,7 @@ class Job:
 
     def _builders_log(self, target: Target) -> Path:
         """Where what the target's builders print goes; that of earlier jobs is forgotten."""
-        log = self.folder / ".logs" / f"{target.name}.log"
+        log = (self.logs or self.folder / LOGS) / f"{target.name}.log"
         if target.name not in self._logs:
             self._logs.add(target.name)
             log.parent.mkdir(parents=True, exist_ok=True)

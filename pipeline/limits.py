@@ -14,7 +14,7 @@ from pipeline.types import Limits, Target
 
 Result = TypeVar("Result")
 GB = 1e9
-_TOLD = 20  # lines of a builder's log that a flow's run shows
+_TOLD = 40  # lines of a builder's log that a flow's run shows
 
 log = logging.getLogger(__name__)
 

@@ -165,7 +165,7 @@ def _work(folder: Path, path: list[str], parent: int) -> NoReturn:
         work, arguments = pickle.loads((folder / TASK).read_bytes())  # noqa: S301  by our own parent, in a folder of its own
         answer = False, work(*arguments)
     except BaseException as error:  # a library's `sys.exit()` is a failure, too
-        traceback.print_exc()
+        traceback.print_exception(error.__cause__ or error)  # what is raised from it says the same in our words
         answer = True, error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
     (folder / ANSWER).write_bytes(_pickled(answer))
     atexit._run_exitfuncs()

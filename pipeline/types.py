@@ -316,6 +316,9 @@ Buckets = Annotated[Mapping[str, tuple[int, ...]] | None, BeforeValidator(_bucke
 """Sizes of each axis that engines are built for; an axis that isn't there has its opt and its max."""
 
 
+Minutes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class Limits(Frozen):
     """What the builder of one engine may take.
 
@@ -324,7 +327,7 @@ class Limits(Frozen):
         memory_gb: resident memory of all its processes together, in 10^9 bytes.
     """
 
-    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    minutes: Minutes | None = None
     memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from flows.export import export
 from pipeline import cli, manifest, release, run
 from pipeline.errors import LimitError, ReleaseError, UsageError, WorkspaceError
 from pipeline.types import Limits
@@ -219,3 +221,24 @@ def test_what_is_required_must_exist(bench: Bench) -> None:
     require(bench, '["god"]')
     with pytest.raises(UsageError, match=r"(?s)unknown target `god` in `require`.*did you mean `good`"):
         prepared(bench)
+
+
+@pytest.mark.usefixtures("on_server")
+def test_a_flow_limits_every_builder_and_publishes_what_is_required(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_rows(bench, good=("", ""), bad=('fail = "build", say = "last words"', ROOMY), stuck=('hang = "here"', ""))
+    require(bench, '["good"]')
+    flow = partial(export, "tiny", workspace=str(bench.root), build_minutes=0.05, return_state=True)
+    state = flow(publish=False)
+    assert state.is_failed()
+    assert "\n  stuck: " in state.message
+    assert "ended after 0.05 min, the limit of rows without `limits.minutes`" in state.message
+    assert "\n    engine of `bad` again: `exportyard export tiny --target bad` (commit " in state.message
+    assert (
+        "bad: the last lines of its log\nlast words\nlast words\n" in caplog.text
+    )  # goes to the run, where Prefect was told to show what `pipeline` logs
+
+    state = flow()
+    assert state.is_completed(), state.message
+    assert "published tiny@v1.0.0; 1 of 3 targets passed; not in it: bad (failed), stuck (failed)" in state.message
