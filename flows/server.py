@@ -27,12 +27,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 @contextlib.contextmanager
-def local_server(home: Path, password: str | None = None) -> Iterator[str]:
-    """A Prefect server with its database below `home`, on a free port of 127.0.0.1; the value is its API's URL.
+def local_server(home: Path, password: str | None = None, *, database: str | None = None) -> Iterator[str]:
+    """A Prefect server with all its files below `home`, on a free port of 127.0.0.1; the value is its API's URL.
 
     It is stopped when the context ends, however that happens, Ctrl-C included. The user's own Prefect settings
-    and servers are neither used nor changed. With a `password` (``name:secret``), clients need it as their
-    `PREFECT_API_AUTH_STRING`.
+    and servers are neither used nor changed.
+
+    Args:
+        password: ``name:secret``, which clients then need as their `PREFECT_API_AUTH_STRING`.
+        database: URL of one for it, ``postgresql+asyncpg://...``; by default SQLite's file, below `home`.
 
     Raises:
         UnavailableError: it didn't answer in time; the message has the last lines of its log.
@@ -42,7 +45,8 @@ def local_server(home: Path, password: str | None = None) -> Iterator[str]:
     port = _free_port()
     log = home / "server.log"
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--analytics-off"]
-    env = environment(home) | ({} if password is None else {"PREFECT_SERVER_API_AUTH_STRING": password})
+    wanted = {"PREFECT_SERVER_API_AUTH_STRING": password, "PREFECT_SERVER_DATABASE_CONNECTION_URL": database}
+    env = environment(home) | {name: value for name, value in wanted.items() if value is not None}
     with child(command, env, log, cwd=home) as process:
         _wait_until_healthy(process, port, log)
         yield f"http://127.0.0.1:{port}/api"
