@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from pipeline import backends, digest, git, host, recipes, registry, store, turns
 from pipeline.errors import StoreError, WorkspaceError, first_line
@@ -23,7 +23,7 @@ from pipeline.exchange import AbsentError, Exchange
 from pipeline.job import TUNING, Job, Maker, Work
 from pipeline.run import Status, Verdict
 from pipeline.store import Key, Made
-from pipeline.types import Audit, LatencyReport, ParityReport, Scheme, Target
+from pipeline.types import Audit, Frozen, LatencyReport, ParityReport, Scheme, Target
 from pipeline.workspace import Workspace
 
 log = logging.getLogger("pipeline.handover")
@@ -188,7 +188,7 @@ def _fetch(clone: Path, commit: str) -> None:
 # --- from a worker to the leader -----------------------------------------------------------------------------------
 
 
-class Outcome(BaseModel):
+class Outcome(Frozen):
     """What a worker found out about one row.
 
     Attributes:
@@ -197,17 +197,13 @@ class Outcome(BaseModel):
         worker: which machine it was, for people.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     verdict: _Verdict
     steps: dict[str, str]
     worker: str
 
 
-class _Verdict(BaseModel):
+class _Verdict(Frozen):
     """`run.Verdict` as plain data; engine, parity and latency are named by their steps."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     target: str
     status: Status
@@ -310,9 +306,7 @@ def _restored(job: Job, target: Target, found: _Verdict) -> Verdict:
 # --- what was found out before --------------------------------------------------------------------------------------
 
 
-class _Kept(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _Kept(Frozen):
     request: str
     outcome: Outcome
 
