@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -21,15 +20,17 @@ from pipeline import exchange, handover, run
 from pipeline.errors import BuildError, ExportyardError
 from pipeline.exchange import Exchange
 from pipeline.handover import SharedMaker
-from pipeline.job import Job
+from pipeline.job import LOGS, Job
 from pipeline.run import Verdict, Watcher
 from pipeline.store import Made
+from pipeline.types import Limits, Minutes
+from pipeline.workspace import Workspace
 
 log = logging.getLogger("pipeline.flow")
 
 
 @flow(name="build", persist_result=False, result_serializer="json")
-def build(recipe: str, target: str, commit: str, inputs: dict[str, str]) -> State[Any]:
+def build(recipe: str, target: str, commit: str, inputs: dict[str, str], build_minutes: Minutes = 120.0) -> State[Any]:
     """Build, check and measure the engines of one target, and hand them over.
 
     It works in a copy of the workspace as it is in `commit`, made for this run and removed after it; the workspace
@@ -40,16 +41,15 @@ def build(recipe: str, target: str, commit: str, inputs: dict[str, str]) -> Stat
         target: a row of `targets/targets.toml`.
         commit: what the code and the rows are taken from, by its hash.
         inputs: what to build from: steps and the names that the exchange gave to what they made.
+        build_minutes: how long building an engine may take whose row has no `limits.minutes`.
     """
     stages.listen()
     try:
         clone = entered().root
         shared = exchange.of(clone)
-        folder = clone / ".scratch" / "runs" / str(flow_run.id)
-        try:
-            found = _built(clone, shared, folder, recipe, target, commit, inputs)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with handover.scratch(clone, str(flow_run.id)) as folder:
+            limits = Limits(minutes=build_minutes)
+            found = _built(clone, shared, folder, recipe, target, commit, inputs, limits)
     except ExportyardError as error:
         return Failed(message=str(error), data=error)
     if found.status == "failed":
@@ -58,11 +58,19 @@ def build(recipe: str, target: str, commit: str, inputs: dict[str, str]) -> Stat
 
 
 def _built(
-    clone: Path, shared: Exchange, folder: Path, recipe: str, target: str, commit: str, inputs: dict[str, str]
+    clone: Path,
+    shared: Exchange,
+    folder: Path,
+    recipe: str,
+    target: str,
+    commit: str,
+    inputs: dict[str, str],
+    limits: Limits,
 ) -> Verdict:
     """The verdict on `target`, which has been left in the exchange."""
     maker = SharedMaker(shared)
-    job = run.prepare(handover.check_out(clone, commit, folder), recipe, targets=[target], maker=maker)
+    job = run.prepare(handover.check_out(clone, commit, folder), recipe, targets=[target], maker=maker, limits=limits)
+    job.logs = Workspace(clone).artifacts / recipe / LOGS  # to be read when the copy is gone
     with closing(job):
         fetched = do("inputs", partial(_fetch, job, shared, inputs))
         raise_if_failed(fetched)
