@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
+from flows import stages
 from flows.steps import entered
 from pipeline import release as releases
 from pipeline import run, store
@@ -18,8 +18,6 @@ from pipeline.errors import BuildError, ExportyardError
 from pipeline.job import Maker, Work
 from pipeline.store import Key, Made
 from pipeline.tags import Bump
-
-log = logging.getLogger("pipeline.flow")
 
 
 class Found(Maker):
@@ -57,7 +55,7 @@ def release(
         workspace: a folder in the workspace; by default the working directory.
         bump: which number of the version to raise.
     """
-    log.setLevel(logging.INFO)
+    stages.listen()
     weights = Path(checkpoint) if checkpoint else None
     try:
         found = run.prepare(entered(workspace), recipe, checkpoint=weights, targets=targets, maker=Found())
