@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from pipeline.errors import UnavailableError
 
@@ -27,7 +28,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 @contextlib.contextmanager
-def local_server(home: Path, password: str | None = None, *, database: str | None = None) -> Iterator[str]:
+def local_server(
+    home: Path, password: str | None = None, settings: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[str]:
     """A Prefect server with all its files below `home`, on a free port of 127.0.0.1; the value is its API's URL.
 
     It is stopped when the context ends, however that happens, Ctrl-C included. The user's own Prefect settings
@@ -35,7 +38,7 @@ def local_server(home: Path, password: str | None = None, *, database: str | Non
 
     Args:
         password: ``name:secret``, which clients then need as their `PREFECT_API_AUTH_STRING`.
-        database: URL of one for it, ``postgresql+asyncpg://...``; by default SQLite's file, below `home`.
+        settings: more for the server only, by the names of their environment variables.
 
     Raises:
         UnavailableError: it didn't answer in time; the message has the last lines of its log.
@@ -45,8 +48,8 @@ def local_server(home: Path, password: str | None = None, *, database: str | Non
     port = _free_port()
     log = home / "server.log"
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--analytics-off"]
-    wanted = {"PREFECT_SERVER_API_AUTH_STRING": password, "PREFECT_SERVER_DATABASE_CONNECTION_URL": database}
-    env = environment(home) | {name: value for name, value in wanted.items() if value is not None}
+    secret = {} if password is None else {"PREFECT_SERVER_API_AUTH_STRING": password}
+    env = {**environment(home), **secret, **settings}
     with child(command, env, log, cwd=home) as process:
         _wait_until_healthy(process, port, log)
         yield f"http://127.0.0.1:{port}/api"

@@ -32,7 +32,7 @@ def test_from_a_deploy_to_a_release(new_bench: Bench, tmp_path: Path) -> None:
     with (
         # what is lost when the machine loses power is lost
         postgresql.database("fsync=off") as (database, _),
-        server.local_server(home, database=database) as api_url,
+        server.local_server(home, settings={"PREFECT_SERVER_DATABASE_CONNECTION_URL": database}) as api_url,
         temporary_settings(
             {
                 PREFECT_API_URL: api_url,
