@@ -75,8 +75,9 @@ def engine(request, model, tmp_path_factory):
     return SimpleNamespace(backend=backend, target=target, make=make, built=make("first"), model=model)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run(engine):
+    """Loaded once: some compile at every load."""
     with backends.loaded(engine.built, engine.target) as run:
         yield run
 
