@@ -105,7 +105,7 @@ def trained(path: Path, seed: int) -> Path:
     return path
 
 
-def wait_for(what: str, holds: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_for(what: str, holds: Callable[[], Any], seconds: float = 120.0) -> Any:
     limit = time.monotonic() + seconds
     while not (found := holds()):
         assert time.monotonic() < limit, f"{what} did not come within {seconds:.0f} s"
@@ -272,7 +272,7 @@ def test_a_watcher_keeps_what_it_has_to_tell_until_the_server_is_there(
             wait_for("both runs", lambda: log.read_text().count("started  tiny") == 2)
             forwarder.shutdown()
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     text = log.read_text()
     assert text.index("started  tiny 1.safetensors") < text.index("started  tiny 2.safetensors")
     assert "ended; the same command goes on from there" in text
@@ -321,7 +321,9 @@ def test_a_dropped_file_becomes_a_release_and_an_event_starts_what_is_new(
                 stream.write(whole[start : start + 2000])
                 stream.flush()
                 time.sleep(0.3)
-        wait_for("the release", lambda: bench.tags() == ["tiny@v1.0.0"])
+        state = wait_for("the end of the export", lambda: last_state(runs.export), 240)
+        assert state.is_completed(), state.message
+        assert bench.tags() == ["tiny@v1.0.0"]
         assert len(runs.of(dropped)) == 1
 
         tell = ["notify", str(dropped), "--recipe", "tiny", "--event", "-C", str(bench.root)]
