@@ -103,9 +103,9 @@ def request(job: Job, target: Target) -> str:
     return digest.of_json(
         {
             "exportyard": host.versions(["exportyard"]),
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json", exclude={"summary", "targets", "require"}),
             "code": code,
-            "rows": [row.plain() for row in (target, *built)],
+            "rows": [row.model_dump(mode="json", exclude={"summary", "limits"}) for row in (target, *built)],
             "records": [digest.of_file(path) for path in shared if path.is_file()],
             "inputs": {step: made.stored.digest for step, made in inputs(job, target).items()},
         }
