@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
+from typing import TypeVar
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL
 
 from pipeline.errors import ExportyardError, UnavailableError, UsageError, first_line
+
+Result = TypeVar("Result")
+PATIENCE_S = 900.0
+_PAUSE_S = 2.0
+
+log = logging.getLogger("pipeline.flow")
 
 
 @contextlib.contextmanager
@@ -32,6 +41,29 @@ def connected() -> Iterator[SyncPrefectClient]:
             f"the Prefect server at {url} can't be reached: {type(error).__name__} {first_line(error)}".rstrip(),
             hint="start it (`prefect server start`), or point to another: `prefect config set PREFECT_API_URL=URL`",
         ) from error
+
+
+def patiently(work: Callable[[], Result]) -> Result:
+    """What `work` finds out from the server, asked again while that is away, as when it is started anew.
+
+    Raises:
+        UnavailableError: it is away for longer, or wants another password.
+        UsageError: the server has refused what it was asked for.
+    """
+    limit = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return work()
+        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error:
+                raise _refused(address(), error.response) from error
+            if time.monotonic() > limit:
+                raise UnavailableError(
+                    f"the Prefect server is away for more than {PATIENCE_S:.0f} s: {first_line(error)}",
+                    hint="start it again and retry the run: `prefect flow-run retry ID`; what is done stays done",
+                ) from error
+            log.warning("the Prefect server is away (%s), asking again", type(error).__name__)
+            time.sleep(_PAUSE_S)
 
 
 def address() -> str:

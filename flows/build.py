@@ -18,7 +18,7 @@ from flows.stages import do, raise_if_failed
 from flows.steps import entered
 from pipeline import exchange, handover, run
 from pipeline.errors import BuildError, ExportyardError
-from pipeline.exchange import Exchange
+from pipeline.exchange import AbsentError, Exchange
 from pipeline.handover import SharedMaker
 from pipeline.job import LOGS, Job
 from pipeline.run import Verdict, Watcher
@@ -82,9 +82,15 @@ def _built(
 
 
 def _fetch(job: Job, shared: Exchange, inputs: dict[str, str], watch: Watcher) -> str:
-    size = 0
+    size, lost = 0, None
     for step, reference in inputs.items():
-        job.made[step] = Made(shared.get(reference, job.folder / handover.safe(step)), "cached")
+        try:
+            job.made[step] = Made(shared.get(reference, job.folder / handover.safe(step)), "cached")
+        except AbsentError as error:  # the others are tried, too: a leader that is run again then repairs them all
+            lost = lost or error
+            continue
         size += job.made[step].stored.size_bytes
+    if lost is not None:
+        raise lost
     watch("inputs", "built", 0.0)
     return f"{len(inputs)} artifacts, {size / 1e6:.1f} MB"

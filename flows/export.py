@@ -18,6 +18,7 @@ from prefect.states import Completed, Failed
 from rich.text import Text
 
 from flows import fanout, stages
+from flows.api import patiently
 from flows.stages import do, making, raise_if_failed
 from flows.steps import entered
 from pipeline import exchange, failures, handover, release, report, run, summary, turns
@@ -202,10 +203,9 @@ def _report(job: Job, verdicts: Sequence[Verdict]) -> Path:
         pages.append(report.write(job, verdicts))
         key = stages.key_of(job.recipe.name)
         rows = [dict(zip(summary.COLUMNS, _plain(summary.row(verdict)), strict=True)) for verdict in verdicts]
-        create_table_artifact(
-            rows, key=f"{key}-summary", description=f"What became of each target of {job.recipe.name}"
-        )
-        create_markdown_artifact(_markdown(job, verdicts, pages[0]), key=f"{key}-report")
+        table = {"key": f"{key}-summary", "description": f"What became of each target of {job.recipe.name}"}
+        patiently(partial(create_table_artifact, rows, **table))
+        patiently(partial(create_markdown_artifact, _markdown(job, verdicts, pages[0]), key=f"{key}-report"))
         return str(pages[0])
 
     raise_if_failed(do("report", work))

@@ -11,20 +11,21 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, WorkerStatus
 from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from flows import stages
+from flows.api import patiently
 from pipeline import handover
 from pipeline.errors import BuildError, UnavailableError
 from pipeline.exchange import AbsentError, Exchange
@@ -34,7 +35,6 @@ from pipeline.run import Verdict, Watcher
 from pipeline.types import Target
 
 ATTEMPTS = 2  # how often a run is started whose worker dies with it
-SERVER_PATIENCE_S = 900.0
 _POLL_S = 1.0
 _POOL_POLL_S = 5.0
 
@@ -120,14 +120,16 @@ def _start(job: Job, target: Target, asked: str, commit: str, number: int = 1, s
     if job.limits is not None and job.limits.minutes is not None:
         parameters["build_minutes"] = job.limits.minutes
     while True:
+        start = partial(
+            run_deployment,
+            f"build/{target.pool}",
+            parameters=parameters,
+            timeout=0,
+            flow_run_name=f"{job.recipe.name} {target.name}",
+            idempotency_key=f"{asked[:32]}:{flow_run.id}:{number}",
+        )
         try:
-            run: Any = run_deployment(  # not a coroutine, since there is no event loop in this thread
-                f"build/{target.pool}",
-                parameters=parameters,
-                timeout=0,
-                flow_run_name=f"{job.recipe.name} {target.name}",
-                idempotency_key=f"{asked[:32]}:{flow_run.id}:{number}",
-            )
+            run: Any = patiently(start)  # not a coroutine, since there is no event loop in this thread
         except ObjectNotFound:
             return _not_built(
                 target, f"the server has no deployment `build/{target.pool}`; `exportyard deploy` makes it"
@@ -141,36 +143,30 @@ def _not_built(target: Target, reason: str) -> Verdict:
     return Verdict(target, "not built here", reason, exit_code=UnavailableError.exit_code)
 
 
-def _read(running: Sequence[_Child]) -> list[FlowRun]:
-    """The runs as the server knows them, which may be away for a while.
+def _read(running: Sequence[_Child]) -> list[FlowRun | None]:
+    """The runs as the server knows them; None is one that somebody has deleted.
 
     Raises:
-        UnavailableError: it is away for longer.
+        UnavailableError: the server is away for too long.
     """
     only = FlowRunFilter(id=FlowRunFilterId(any_=[child.id for child in running]))
-    limit = time.monotonic() + SERVER_PATIENCE_S
-    while True:
-        try:
-            with get_client(sync_client=True) as client:
-                found = {run.id: run for run in client.read_flow_runs(flow_run_filter=only)}
-            return [found[child.id] for child in running]
-        except (httpx.TransportError, PrefectHTTPStatusError) as error:
-            if time.monotonic() > limit or _is_refusal(error):
-                raise UnavailableError(
-                    f"the Prefect server can't be asked: {error}",
-                    hint="start it again and retry the run: `prefect flow-run retry ID`; what is done stays done",
-                ) from error
-            log.warning("the Prefect server is away, asking again")
-            time.sleep(5 * _POLL_S)
+
+    def read() -> list[FlowRun]:
+        with get_client(sync_client=True) as client:
+            return client.read_flow_runs(flow_run_filter=only)
+
+    found = {run.id: run for run in patiently(read)}
+    return [found.get(child.id) for child in running]
 
 
-def _is_refusal(error: Exception) -> bool:
-    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code < httpx.codes.INTERNAL_SERVER_ERROR
-
-
-def _after(job: Job, shared: Exchange, child: _Child, run: FlowRun, pools: _Pools, commit: str) -> _Child | Verdict:
+def _after(
+    job: Job, shared: Exchange, child: _Child, run: FlowRun | None, pools: _Pools, commit: str
+) -> _Child | Verdict:
     """What becomes of a run that the server has just told about: the same, another one, or a verdict."""
-    target, state = child.target, run.state
+    target = child.target
+    if run is None:
+        return _failed(target, "its run was deleted from the server")
+    state = run.state
     if state is None or not state.is_final():
         if state is None or state.is_scheduled():  # when it is pending, a worker has taken it
             reason = pools.closed(target.pool)
@@ -184,6 +180,9 @@ def _after(job: Job, shared: Exchange, child: _Child, run: FlowRun, pools: _Pool
         try:
             verdict = handover.accept(job, target, outcome, shared)
         except AbsentError as error:
+            if child.started < ATTEMPTS:
+                log.warning("%s: what its worker made is lost (%s), starting it again", target.name, error.message)
+                return _start(job, target, child.asked, commit, child.number + 1, child.started)
             return _failed(target, f"what its worker made is lost: {error.message}")
         handover.keep(job, target, child.asked, outcome)
         return verdict
@@ -199,8 +198,11 @@ def _failed(target: Target, reason: str) -> Verdict:
 
 
 def _cancel(child: _Child, reason: str) -> None:
-    with get_client(sync_client=True) as client:
-        client.set_flow_run_state(child.id, Cancelled(message=reason), force=True)
+    def cancel() -> None:
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(child.id, Cancelled(message=reason), force=True)
+
+    patiently(cancel)
 
 
 class _Pools:
@@ -217,7 +219,7 @@ class _Pools:
         self.seen.setdefault(pool, now)
         if now - self.asked.get(pool, -math.inf) >= min(_POOL_POLL_S, self.patience_s / 4):
             self.asked[pool] = now
-            if _has_worker(pool):
+            if patiently(partial(_has_worker, pool)):
                 self.seen[pool] = now
         if now - self.seen[pool] < self.patience_s:
             return None
@@ -236,17 +238,17 @@ class _Board:
     def __init__(self, job: Job, targets: Sequence[Target]) -> None:
         self.key = stages.key_of(job.recipe.name)
         self.targets = targets
-        self.bar: Any = create_progress_artifact(
-            0.0, key=f"{self.key}-progress", description=f"Targets of {job.recipe.name}"
-        )
+        bar = {"key": f"{self.key}-progress", "description": f"Targets of {job.recipe.name}"}
+        self.bar: Any = patiently(partial(create_progress_artifact, 0.0, **bar))
 
     def show(self, found: dict[str, Verdict]) -> None:
         """Bring it up to date."""
-        update_progress_artifact(self.bar, 100.0 * len(found) / len(self.targets))
+        patiently(partial(update_progress_artifact, self.bar, 100.0 * len(found) / len(self.targets)))
         rows = [
             {"target": one.name, "pool": one.pool, "state": found[one.name].status, "reason": found[one.name].reason}
             if one.name in found
             else {"target": one.name, "pool": one.pool, "state": "under way", "reason": ""}
             for one in self.targets
         ]
-        create_table_artifact(rows, key=f"{self.key}-targets", description="What has become of each target so far")
+        table = {"key": f"{self.key}-targets", "description": "What has become of each target so far"}
+        patiently(partial(create_table_artifact, rows, **table))

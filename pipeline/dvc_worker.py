@@ -65,6 +65,7 @@ def record(request: Json) -> Json:
     with Repo(root) as repo:
         if not repo.config["core"].get("remote"):
             raise Problem("no-remote", "")
+        check_remote(repo.cloud.get_remote())
     edit_pipeline(Path("dvc.yaml"), request)
     forget_stages(Path("dvc.lock"), request)
     with Repo(root, _wait_for_lock=True) as repo:
@@ -72,6 +73,12 @@ def record(request: Json) -> Json:
             repo.commit(target=name, force=True)
         count = repo.push(targets=list(request["stages"]))
     return {"pushed": count}
+
+
+def check_remote(remote: Any) -> None:
+    """Refuse a folder that has held releases and isn't there: DVC would make a new one, as below a missing mount."""
+    if remote.fs.protocol == "local" and Path("dvc.lock").exists() and not Path(remote.path).is_dir():
+        raise Problem("dvc", f"there is no folder `{remote.path}`, which has the files of earlier releases")
 
 
 def edit_pipeline(path: Path, request: Json) -> None:

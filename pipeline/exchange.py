@@ -57,11 +57,13 @@ class Exchange:
     Attributes:
         root: its folder, as `files` names it.
         cache: a folder of this machine where what was fetched stays, for other runs.
+        folder: of the remote, if it is one of this machine's.
     """
 
     files: AbstractFileSystem
     root: str
     cache: Path
+    folder: Path | None = None
 
     # --- bytes -----------------------------------------------------------------------------------------------------
 
@@ -143,9 +145,15 @@ class Exchange:
             return Stored(folder, artifact)
 
         def fill(out: Path) -> None:
-            self.fetch_file(reference, out / store.MANIFEST)
-            for name, fact in artifact.files.items():
-                self.fetch_file(fact.sha256, out / name)
+            lost: AbsentError | None = None
+            wanted = {store.MANIFEST: reference} | {name: fact.sha256 for name, fact in artifact.files.items()}
+            for name, sha256 in wanted.items():
+                try:
+                    self.fetch_file(sha256, out / name)
+                except AbsentError as error:  # the others are tried, too, so that all that is damaged is removed now
+                    lost = lost or error
+            if lost is not None:
+                raise lost
 
         return store.place(folder, fill)
 
@@ -239,7 +247,7 @@ class Exchange:
         pause = _FIRST_PAUSE_S
         while True:
             try:
-                return work()
+                return self._tried(work)
             except StoreError:
                 raise
             except Exception as error:  # every file system has failures of its own
@@ -253,6 +261,22 @@ class Exchange:
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 
+    def _tried(self, work: Callable[[], Result]) -> Result:
+        """The result of `work`; a folder that is away is neither taken for an empty one nor made anew.
+
+        Raises:
+            FileNotFoundError: the remote is a folder that isn't there, as of a disk that is not mounted.
+        """
+        self._check_there()
+        try:
+            return work()
+        finally:
+            self._check_there()
+
+    def _check_there(self) -> None:
+        if self.folder is not None and not self.folder.is_dir():
+            raise FileNotFoundError(f"there is no folder `{self.folder}`; mount it, or make it if the remote is new")
+
 
 def of(root: Path) -> Exchange:
     """The exchange of the workspace at `root`: in its default DVC remote.
@@ -261,11 +285,13 @@ def of(root: Path) -> Exchange:
         WorkspaceError: there is no default remote, or it can't be written (http).
         UnavailableError: DVC, or its plug-in for that remote, is not installed.
     """
-    files, place = _remote(root)
-    return Exchange(files, f"{place.rstrip('/')}/{FOLDER}", root / ".scratch" / "exchange")
+    files, place, is_folder = _remote(root)
+    folder = Path(place) if is_folder else None
+    return Exchange(files, f"{place.rstrip('/')}/{FOLDER}", root / ".scratch" / "exchange", folder)
 
 
-def _remote(root: Path) -> tuple[AbstractFileSystem, str]:
+def _remote(root: Path) -> tuple[AbstractFileSystem, str, bool]:
+    """The default remote's file system, the place in it, and whether that is a folder of this machine."""
     try:
         from dvc.exceptions import DvcException
         from dvc.repo import Repo
@@ -284,4 +310,4 @@ def _remote(root: Path) -> tuple[AbstractFileSystem, str]:
         raise WorkspaceError(
             f"the DVC remote `{place}` can only be read", hint="make a remote that can be written the default one"
         )
-    return files, place
+    return files, place, remote.fs.protocol == "local"

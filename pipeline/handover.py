@@ -6,11 +6,13 @@ that prove it. Files travel through the `Exchange`, so that what is said here is
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,26 @@ def check_code(job: Job, code: Sequence[Path]) -> str:
 
 def _has_origin(root: Path) -> bool:
     return "origin" in git.run(root, "remote").split()
+
+
+@contextlib.contextmanager
+def scratch(clone: Path, run: str) -> Iterator[Path]:
+    """A place for the files of one run on this machine; they are gone when the context ends.
+
+    If this process is killed, they are removed by the next run here.
+    """
+    folder = clone / ".scratch" / "runs" / run
+    for left in folder.parent.glob("*.lock"):
+        if turns.is_free(left):  # the process that held it was killed
+            shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+            left.unlink(missing_ok=True)
+    lock = folder.with_suffix(".lock")
+    with turns.only_one(lock, lambda: None):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def check_out(clone: Path, commit: str, folder: Path) -> Workspace:

@@ -31,6 +31,18 @@ def only_one(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
         yield
 
 
+def is_free(path: Path) -> bool:
+    """Whether no process holds `path`, as `only_one` does."""
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def on_this_machine(*, alone: bool) -> Iterator[None]:
     """Among this user's processes: `alone`, to measure speed, or together with others that are not.
