@@ -8,6 +8,7 @@ import http.server
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -26,6 +27,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from flows import deployments, exposure, server, steps
 from flows.deploy import Change, deploy
 from flows.export import export
+from flows.release import release
 from pipeline.errors import UnavailableError, UsageError, WorkspaceError
 from pipeline.workspace import Workspace
 
@@ -331,3 +333,17 @@ def test_doctor_knows_who_else_can_use_the_server(password: str | None, monkeypa
             told = exposure.warning() or ""
             assert ("crosses the network unencrypted" if password else "open to everybody") in told
         listening.shutdown()
+
+
+@pytest.mark.usefixtures("on_server")
+def test_the_flow_release_publishes_what_has_passed_and_builds_nothing(bench: Bench) -> None:
+    shutil.rmtree(bench.root / "artifacts/tiny/engine/other")
+    state = release("tiny", workspace=str(bench.root), return_state=True)
+    assert state.is_failed()
+    assert "other: fp32 `other/fp32` is not up to date" in state.message
+    assert not (bench.root / "artifacts/tiny/engine/other/fp32/artifact.json").exists()
+    state = release("tiny", targets=["good"], workspace=str(bench.root), return_state=True)
+    assert state.message == "published tiny@v1.0.0"
+    state = release("tiny", targets=["good"], bump="major", workspace=str(bench.root), return_state=True)
+    assert state.message == "unchanged since tiny@v1.0.0"
+    assert bench.tags() == ["tiny@v1.0.0"]
