@@ -75,5 +75,7 @@ class _Worker(ProcessWorker):
         except anyio.get_cancelled_exc_class():
             message = f"worker `{self.name}` was stopped; what was finished is kept, and another run goes on from there"
             with anyio.move_on_after(REPORT_LIMIT_S, shield=True):
-                await self.client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)
+                now = (await self.client.read_flow_run(flow_run.id)).state
+                if now is None or not now.is_final():  # it may have ended by itself just now
+                    await self.client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)
             raise
