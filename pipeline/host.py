@@ -1,16 +1,20 @@
-"""What this machine is and has. Probes are cheap, cached and never raise."""
+"""What this machine is and has, and what its environment asks for. Probes are cheap, cached and never raise."""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from pipeline.errors import UsageError
+
+MEASURE_S = "EXPORTYARD_MEASURE_S"
 # import names whose distribution is called otherwise; others are looked up in the slow, complete table
 _ALIASES = {"sklearn": "scikit-learn", "PIL": "pillow", "cv2": "opencv-python", "yaml": "pyyaml", "onnx_ir": "onnx-ir"}
 
@@ -93,6 +97,22 @@ def has_module(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
         return False
+
+
+def measure_s() -> float:
+    """Seconds of timing, for each combination of sizes and threads: 1, or what `EXPORTYARD_MEASURE_S` says.
+
+    Raises:
+        UsageError: it says something else than a number above 0.
+    """
+    text = os.environ.get(MEASURE_S, "1")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{MEASURE_S} is `{text}`", hint="expected a number of seconds above 0, or leave it out")
+    return seconds
 
 
 def absent(module: str, distribution: str, extra: str) -> str | None:

@@ -516,7 +516,7 @@ class Job:
             inputs: dict[str, str] = {scheme: self.engine(target, scheme).stored.digest for scheme in schemes}
             inputs["program"] = self.program().stored.digest
             config = self.recipe.model_dump(mode="json", include={"axes", "inputs"})
-            config |= {"cpu": host.cpu_name(), "threads": host.cpu_count()} | _place(target)
+            config |= {"cpu": host.cpu_name(), "threads": host.cpu_count()} | _place(target) | _measured()
             settings, own = _build_settings(target)
             return Key("latency", inputs, config | {"row": settings}, own | _tools("torch"))
 
@@ -538,7 +538,7 @@ class Job:
         def key() -> Key:
             inputs = {name: self.engine(*row).stored.digest for name, row in rows.items()}
             inputs["program"] = self.program().stored.digest
-            config = self.recipe.model_dump(mode="json", include={"axes", "inputs"})
+            config = self.recipe.model_dump(mode="json", include={"axes", "inputs"}) | _measured()
             tools, settings = _tools("torch"), {}
             for name, (row, _) in rows.items():
                 settings[name], own = _build_settings(row)
@@ -657,6 +657,12 @@ def _build_settings(target: Target) -> tuple[dict[str, JsonValue], dict[str, str
         config["buckets"] = {axis: [*sizes] for axis, sizes in target.buckets.items()}
         tools |= host.versions(["torch" if backend.source(target) == "program" else "onnx"])
     return config, tools
+
+
+def _measured() -> dict[str, JsonValue]:
+    """For the key of a measurement: how long it takes, where that isn't as usual."""
+    seconds = host.measure_s()
+    return {} if seconds == 1 else {"seconds": seconds}
 
 
 def _place(target: Target) -> dict[str, JsonValue]:

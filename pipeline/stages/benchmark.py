@@ -37,7 +37,6 @@ from pipeline.types import (
 if TYPE_CHECKING:
     from pipeline.types import Tensors
 
-BUDGET_S = 1.0  # of measuring, for each combination of sizes and threads
 BURST_S = 0.01  # a turn of a fast runner
 TICK_S = 1e-7
 MOST_ROUNDS = 200
@@ -168,7 +167,7 @@ def _loaded_there(engine: Stored, target: Target, threads: int | None) -> Iterat
 def _timed_there(run: DeviceRunner, feeds: Tensors) -> Turns:
     cost = max(run.seconds(feeds, 1), 1e-6)
     calls = max(1, min(100, int(BURST_S / cost)))
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(BUDGET_S / (cost * calls))))
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(host.measure_s() / (cost * calls))))
     found = [run.seconds(feeds, calls) for _ in range(rounds)]
     return Turns(found, found)
 
@@ -216,9 +215,10 @@ def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, Turns]:
         cost = time.perf_counter() - begun
         bursts[name] = max(1, min(100, int(BURST_S / max(cost, 1e-6))))
         costs += cost * (bursts[name] + 1)
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(BUDGET_S / max(costs, 1e-6))))
+    budget = host.measure_s()
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget / max(costs, 1e-6))))
     found = {name: Turns() for name in calls}
-    late = time.perf_counter() + 2 * BUDGET_S  # a busy machine is slower than it was while warming up
+    late = time.perf_counter() + 2 * budget  # a busy machine is slower than it was while warming up
     for done in range(rounds):
         if done >= LEAST_ROUNDS and time.perf_counter() > late:
             break
