@@ -175,6 +175,7 @@ def check_out(clone: Path, commit: str, folder: Path) -> Workspace:
 
     Raises:
         WorkspaceError: neither the clone nor its origin has this commit.
+        StoreError: it can't be written, as when the disk is full.
     """
     if not _has(clone, commit):
         with turns.only_one(clone / ".scratch" / "fetch.lock", lambda: None):
@@ -183,8 +184,14 @@ def check_out(clone: Path, commit: str, folder: Path) -> Workspace:
     with tempfile.TemporaryDirectory() as aside:
         index = {"GIT_INDEX_FILE": os.path.join(aside, "index")}  # noqa: PTH118
         top = git.top(clone)
-        git.run(top, "read-tree", commit, env=index)
-        git.run(top, "checkout-index", "--all", "--force", f"--prefix={folder}/", env=index)
+        try:
+            git.run(top, "read-tree", commit, env=index)
+            git.run(top, "checkout-index", "--all", "--force", f"--prefix={folder}/", env=index)
+        except git.GitError as error:
+            raise StoreError(
+                f"can't write the commit {commit[:10]} below `{folder}`: {error.said}",
+                hint=f"see that its disk has space (`df -h {clone}`) and that the clone is whole (`git fsck`)",
+            ) from error
     return Workspace(folder / git.folder_of(clone))
 
 
