@@ -230,6 +230,7 @@ def _settings(target: Target, folder: Path) -> dict[str, Any]:
         "cpp.vec_isa_ok": True,  # else it compiles and runs a program for each kind of vectors, for 7 s
         "cpp.dynamic_threads": True,  # the number is the caller's, not that of the machine that builds
         "aot_inductor.enable_line_tables": False,
+        "size_asserts": False,  # which run for debugging only, and whose texts hold addresses of this process
         "aot_inductor.model_name_for_generated_files": "model",
         "aot_inductor.metadata": {FEATURES: " ".join(features_for(target))},
     }

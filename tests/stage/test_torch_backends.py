@@ -156,12 +156,13 @@ def test_package_for_avx2_has_no_wider_vectors(portable, tmp_path):
     assert_is_the_program(recipe, program, engine, target)
 
 
-def test_package_has_no_path_of_this_machine(portable):
+def test_package_has_no_path_of_this_machine_and_no_address_of_this_process(portable):
     with zipfile.ZipFile(portable[2].file("model.pt2")) as package:
         content = b"".join(package.read(name) for name in package.namelist())
 
     for path in (Path.home(), Path.cwd(), Path(torch.__file__).parents[1]):
         assert str(path).encode() + b"/" not in content
+    assert re.search(rb" at 0x[0-9a-f]{6,}", content) is None
 
 
 def test_package_for_another_cpu_is_refused_in_words(portable, monkeypatch):
