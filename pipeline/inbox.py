@@ -7,14 +7,13 @@ goes on where it was. Losing the file is no harm: the server knows which checkpo
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pipeline import store
+from pipeline import store, turns
 from pipeline.errors import UsageError
 
 
@@ -98,20 +97,19 @@ def opened(path: Path) -> Iterator[Inbox]:
         UsageError: another watcher has it.
         StoreError: the file can't be written.
     """
-    with store.explaining(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("a")
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                "another watcher of this workspace watches there", hint="one is enough; stop it first (Ctrl-C, SIGTERM)"
-            ) from None
+    with turns.only_one(path.with_suffix(".lock"), _refuse):
+        with store.explaining(path):
+            path.touch()
         _end_line(path)
         inbox = Inbox(path)
         inbox._read()
         yield inbox
+
+
+def _refuse() -> None:
+    raise UsageError(
+        "another watcher of this workspace watches there", hint="one is enough; stop it first (Ctrl-C, SIGTERM)"
+    )
 
 
 def _end_line(path: Path) -> None:

@@ -114,3 +114,18 @@ def under_git(root: Path) -> Path:
     ):
         subprocess.run(["git", *arguments], cwd=root, check=True)
     return root
+
+
+def echo_row(name: str, options: str = "", pool: str = "cpu") -> str:
+    """A row whose engines are right, in TOML; `options` are more of its backend's."""
+    return dedent(f"""
+        [targets.{name}]
+        backend = "echo"
+        platform = "any"
+        machine = "any"
+        arch = "any"
+        schemes = ["fp32"]
+        vs_onnx = {{ fp32 = {{ sqnr_db = 80 }} }}
+        pool = "{pool}"
+        options = {{ reference = true{f", {options}" if options else ""} }}
+    """)

@@ -20,17 +20,6 @@ from pipeline import git, initial, run
 from pipeline.workspace import ROWS, Workspace
 from tests import workspaces
 
-ROW = """
-    [targets.{name}]
-    backend = "echo"
-    platform = "any"
-    machine = "any"
-    arch = "any"
-    schemes = ["fp32"]
-    vs_onnx = {{ fp32 = {{ sqnr_db = 80 }} }}
-    options = {{ reference = true{options} }}
-"""
-
 
 class Bench:
     """A workspace with the recipe `tiny` and rows of the backend `echo`, under git and DVC, with a remote."""
@@ -40,7 +29,7 @@ class Bench:
 
     def rows(self, **options: str) -> None:
         """Replace the target rows, given by their names and options, and commit."""
-        text = "".join(ROW.format(name=name, options=f", {more}" if more else "") for name, more in options.items())
+        text = "".join(workspaces.echo_row(name, more) for name, more in options.items())
         (self.root / ROWS).write_text(text)
         self.commit()
 

@@ -17,18 +17,6 @@ from pipeline import git, initial
 from pipeline.workspace import ROWS
 from tests import workspaces
 
-ROW = """
-    [targets.{name}]
-    backend = "echo"
-    platform = "any"
-    machine = "any"
-    arch = "any"
-    schemes = ["fp32"]
-    vs_onnx = {{ fp32 = {{ sqnr_db = 80 }} }}
-    pool = "{pool}"
-    options = {{ reference = true{options} }}
-"""
-
 
 @dataclass(frozen=True)
 class Fleet:
@@ -50,10 +38,7 @@ class Fleet:
 
     def rows(self, **rows: tuple[str, str]) -> None:
         """Replace the rows, each given by the pool and more options; commit and push."""
-        text = "".join(
-            ROW.format(name=name, pool=self.pool(pool), options=f", {more}" if more else "")
-            for name, (pool, more) in rows.items()
-        )
+        text = "".join(workspaces.echo_row(name, more, self.pool(pool)) for name, (pool, more) in rows.items())
         (self.leader / ROWS).write_text(text)
         self.commit()
 

@@ -18,7 +18,7 @@ from pipeline import cli, manifest, release, run
 from pipeline.errors import LimitError, ReleaseError, UsageError, WorkspaceError
 from pipeline.types import Limits
 from pipeline.workspace import ROWS, Workspace
-from tests.flow.conftest import ROW
+from tests import workspaces
 
 if TYPE_CHECKING:
     from tests.flow.conftest import Bench
@@ -29,10 +29,7 @@ ROOMY = "limits = { minutes = 2, memory_gb = 4 }"
 
 def write_rows(bench: Bench, **rows: tuple[str, str]) -> None:
     """Replace the rows, each given by its options and its limits."""
-    text = "".join(
-        ROW.format(name=name, options=f", {options}" if options else "") + f"    {limits}\n"
-        for name, (options, limits) in rows.items()
-    )
+    text = "".join(workspaces.echo_row(name, options) + f"{limits}\n" for name, (options, limits) in rows.items())
     (bench.root / ROWS).write_text(text)
     bench.commit()
 
