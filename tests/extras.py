@@ -10,6 +10,8 @@ import pytest
 from pipeline import host
 
 ALL = "EXPORTYARD_TEST_ALL"
+thorough = pytest.mark.skipif(not os.environ.get(ALL), reason=f"takes minutes; `make test-all` sets {ALL}")
+"""For tests of rare things, of which `make test` has a few."""
 
 
 def need(module: str, extra: str) -> None:
