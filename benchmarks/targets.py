@@ -149,7 +149,10 @@ def page(every: Sequence[Found], others: Mapping[str, str], command: str, load: 
         for found in every
         for one in found.choices
     ]
-    absent = [f"- `{name}`: {reason}" for name, reason in others.items()]
+    absent = [
+        f"- {', '.join(f'`{name}`' for name in others if others[name] == reason)}: {reason}"
+        for reason in dict.fromkeys(others.values())
+    ]
     parts = [sides.table(head, [line for found in every for line in lines(found)]), "\n".join(chosen)]
     parts += ["Not run on that machine:\n\n" + "\n".join(absent) if absent else "", sides.conditions(command, load)]
     return "\n\n".join(part for part in parts if part)
@@ -174,7 +177,7 @@ def lacking(every: Sequence[Found]) -> list[str]:
 
 
 def _short(reason: str) -> str:
-    return " ".join(reason.replace("|", "/").split())[:160]
+    return " ".join(reason.replace("|", "/").split())[:90]
 
 
 def _say(recipe: str, step: str, state: str, seconds: float) -> None:
