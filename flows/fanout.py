@@ -16,7 +16,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, WorkerStatus
 from prefect.deployments import run_deployment
@@ -81,18 +81,21 @@ def built(job: Job, shared: Exchange, commit: str, *, wait_for_pool_s: float, re
         else:
             running.append(child)
     board.show(found)
-    while running:
-        time.sleep(_POLL_S)
-        still = []
-        for child, run in zip(running, _read(running), strict=True):
-            after = _after(job, shared, child, run, pools, commit)
-            if isinstance(after, Verdict):
-                found[child.target.name] = after
-                log.info("%s %s: %s", child.target.name, after.status, after.reason)
-                board.show(found)
-            else:
-                still.append(after)
-        running = still
+    # one client for all the waiting: a new one asks the server for more, each time
+    with get_client(sync_client=True) as client:
+        while running:
+            time.sleep(_POLL_S)
+            still = []
+            for child, run in zip(running, _read(client, running), strict=True):
+                after = _after(job, shared, child, run, pools, commit)
+                if isinstance(after, Verdict):
+                    found[child.target.name] = after
+                    log.info("%s %s: %s", child.target.name, after.status, after.reason)
+                else:
+                    still.append(after)
+            if len(still) < len(running):
+                board.show(found)  # once for all that have ended: a busy server takes seconds to write it down
+            running = still
     return [found[target.name] for target in targets]
 
 
@@ -143,19 +146,14 @@ def _not_built(target: Target, reason: str) -> Verdict:
     return Verdict(target, "not built here", reason, exit_code=UnavailableError.exit_code)
 
 
-def _read(running: Sequence[_Child]) -> list[FlowRun | None]:
+def _read(client: SyncPrefectClient, running: Sequence[_Child]) -> list[FlowRun | None]:
     """The runs as the server knows them; None is one that somebody has deleted.
 
     Raises:
         UnavailableError: the server is away for too long.
     """
     only = FlowRunFilter(id=FlowRunFilterId(any_=[child.id for child in running]))
-
-    def read() -> list[FlowRun]:
-        with get_client(sync_client=True) as client:
-            return client.read_flow_runs(flow_run_filter=only)
-
-    found = {run.id: run for run in patiently(read)}
+    found = {run.id: run for run in patiently(partial(client.read_flow_runs, flow_run_filter=only))}
     return [found.get(child.id) for child in running]
 
 
