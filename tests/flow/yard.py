@@ -20,6 +20,7 @@ from flows.export import export
 from pipeline import digest, git, manifest, pull, run, store
 from pipeline.types import Artifact
 from pipeline.workspace import Workspace
+from tests import releases
 from tests.flow import fleet as fleets
 from tests.flow import leader
 from tests.flow.fleet import Fleet
@@ -167,8 +168,7 @@ class Yard:
         for repository in (self.root, self.fleet.home / "origin.git"):
             assert f"{repository} {tag}" in self.seen
         assert git.run(self.root, "status", "--porcelain") == ""
-        status = subprocess.run(["dvc", "status"], cwd=self.root, capture_output=True, text=True, check=True)
-        assert "up to date" in status.stdout
+        assert "up to date" in releases.dvc(self.root, "status")
 
 
 def wait_for(what: str, holds: Callable[[], object], seconds: float = 180) -> None:
