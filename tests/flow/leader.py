@@ -26,8 +26,8 @@ def leading(root: Path, env: dict[str, str], *points: str, **parameters: Any) ->
 
     Args:
         env: names the server, see `server.environment`.
-        points: where it waits as long as there is a file `HELD`, which says at which: ``before:package.module.name``,
-            or ``after:...``.
+        points: where it waits, once at each, as long as there is a file `HELD`, which says at which:
+            ``before:package.module.name``, or ``after:...``.
     """
     for name in (HELD, SAID):
         (root / name).unlink(missing_ok=True)
@@ -85,6 +85,7 @@ def _hold(point: str, held: Path) -> None:
     original = getattr(place, name)
 
     def slow(*arguments: Any, **options: Any) -> Any:
+        setattr(place, name, original)
         if when == "before":
             _wait(held, point)
         found = original(*arguments, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from prefect.client.schemas.objects import State
 
 from flows.export import export
 from pipeline import git, manifest
+from tests import releases
 from tests.flow import fleet as fleets
 from tests.flow.fleet import Fleet
 from tests.flow.test_export_flow import artifacts, task_states
@@ -64,8 +64,7 @@ def test_targets_are_built_by_the_workers_of_their_pools_and_joined_into_one_rel
     for log in (near, far):
         assert "Traceback" not in log.read_text()
     assert [*fleet.home.glob("worker-*/artifacts/tiny/engine"), *fleet.home.glob("worker-*/.scratch/runs/*")] == []
-    dvc = subprocess.run(["dvc", "status"], cwd=fleet.leader, capture_output=True, text=True, check=True)
-    assert "up to date" in dvc.stdout
+    assert "up to date" in releases.dvc(fleet.leader, "status")
 
     # all workers are gone, and nothing has to be built
     again = lead(fleet, wait_for_pool_s=1)

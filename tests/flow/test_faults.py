@@ -30,7 +30,6 @@ def yard(tmp_path_factory: pytest.TempPathFactory, home: Path, api_url: str) -> 
 # --- the leader is killed -------------------------------------------------------------------------------------------
 
 
-@extras.thorough
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_server")
 def test_a_leader_that_is_killed_at_any_moment(yard: Yard) -> None:
@@ -62,7 +61,6 @@ def test_a_leader_that_is_killed_at_any_moment(yard: Yard) -> None:
 # --- a build is killed ----------------------------------------------------------------------------------------------
 
 
-@extras.thorough
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_server")
 def test_a_build_that_is_killed_is_started_again_by_the_leader(yard: Yard) -> None:
