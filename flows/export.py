@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -228,8 +229,9 @@ def _publish(job: Job, verdicts: Sequence[Verdict], bump: Bump, after: Sequence[
     found: list[Published] = []
 
     def work(watch: Watcher) -> str | None:
+        begun = time.perf_counter()
         found.append(release.publish(job, verdicts, bump))
-        watch("publish", "built" if found[0].fresh else "cached", 0.0)
+        watch("publish", "built" if found[0].fresh else "cached", time.perf_counter() - begun)
         return found[0].tag
 
     raise_if_failed(do("publish", work, [one for one in after if one.is_completed()]))
