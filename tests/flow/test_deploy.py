@@ -81,7 +81,8 @@ def wait_for(what: str, holds: Callable[[], object], seconds: float = 40) -> Non
 @pytest.mark.usefixtures("on_server")
 def test_a_second_deploy_changes_nothing_and_a_third_what_differs(bench: Bench) -> None:
     rows = bench.root / "targets/targets.toml"
-    rows.write_text(rows.read_text() + 'pool = "tried-gpu"\n')
+    first, pool, last = rows.read_text().rpartition('pool = "cpu"')
+    rows.write_text(first + pool.replace("cpu", "tried-gpu") + last)
     workspace = write(bench, OURS)
     all_of_it = {
         "work pool tried",

@@ -451,5 +451,8 @@ def test_hand_edits_made_after_a_kill_are_kept_aside(root):
 def test_an_emptied_remote_is_filled_again(root, tmp_path):
     publish(root, "1.0.0", "one")
     shutil.rmtree(tmp_path / "remote")
+    with pytest.raises(ReleaseError, match="there is no folder"):  # a disk that isn't mounted, most likely
+        publish(root, "1.0.1", "one")
+    (tmp_path / "remote").mkdir()
     publish(root, "1.0.1", "one")
     assert_whole(root)

@@ -88,6 +88,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, failure):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["x"]
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # other tests of this process may have loaded what minds it
 def test_a_killed_process_leaves_nothing_that_counts(tmp_path):
     child = os.fork()
     if child == 0:
