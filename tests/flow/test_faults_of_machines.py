@@ -89,7 +89,7 @@ def kill(*pids: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
 def test_a_worker_that_ends_while_it_builds(yard: Yard, number: signal.Signals) -> None:
     name = f"left_{number.name.lower()}"
-    yard.rows(**{name: "sleep_ms = 4000"})
+    yard.rows(**{name: f"sleep_ms = {4000 + number}"})  # equal rows would share what the first of them has built
     with yard.worker() as worker, yard.leading():
         wait_for("a build", builds(yard, name))
         os.kill(worker.pid, number)
@@ -113,7 +113,7 @@ def test_a_worker_that_is_killed_with_its_build_is_missed(yard: Yard) -> None:
 
 
 def test_a_server_that_is_killed_and_comes_back(served: Served, yard: Yard) -> None:
-    yard.rows(known="sleep_ms = 3000")
+    yard.rows(known="sleep_ms = 3100")
     asking, publishing = "before:flows.fanout.built", "before:pipeline.release.publish"
 
     def restart() -> None:
@@ -137,7 +137,7 @@ def test_a_server_that_is_killed_and_comes_back(served: Served, yard: Yard) -> N
 
 
 def test_a_leader_that_was_killed_is_retried_by_prefect_and_finds_its_builds(yard: Yard) -> None:
-    yard.rows(found="sleep_ms = 4000")
+    yard.rows(found="sleep_ms = 4200")
     with yard.worker(), yard.worker("lead.log", pool="lead", clone=yard.root):
         asked: Any = run_deployment("export/all", parameters={"recipe": "tiny"}, timeout=0)
         wait_for("a build", builds(yard, "found"))
