@@ -10,6 +10,7 @@ import socket
 import anyio
 from anyio.abc import TaskStatus
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.states import Crashed
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
 
@@ -79,3 +80,13 @@ class _Worker(ProcessWorker):
                 if now is None or not now.is_final():  # it may have ended by itself just now
                     await self.client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)
             raise
+
+    async def _submit_scheduled_flow_runs(self, flow_run_response: list[WorkerFlowRunResponse]) -> list[FlowRun]:
+        """Not yet those whose first process still holds a place, since they were retried at once.
+
+        Prefect's own asks for a second place for the same run, which ends the whole worker.
+        """
+        held = () if self._limiter is None else self._limiter.statistics().borrowers
+        return await super()._submit_scheduled_flow_runs(
+            [one for one in flow_run_response if one.flow_run.id not in held]
+        )
