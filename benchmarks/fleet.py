@@ -43,16 +43,6 @@ from pipeline import git, initial
 from pipeline.workspace import Workspace
 from tests import postgresql, workspaces
 
-ROW = """
-[targets.t{number}]
-backend = "echo"
-platform = "any"
-machine = "any"
-arch = "any"
-schemes = ["fp32"]
-vs_onnx = {{ fp32 = {{ sqnr_db = 80 }} }}
-options = {{ reference = true }}
-"""
 REQUEST = re.compile(r'"([A-Z]+) (/api[^ ?"]*)')
 STAGES = frozenset(
     {"checkpoint", "data", "program", "onnx", "inputs", "engine", "parity", "latency", "report", "publish"}
@@ -210,7 +200,7 @@ def yard(options: argparse.Namespace) -> Iterator[Yard]:
 
 def workspace(home: Path, recipes: Sequence[str], targets: int) -> Path:
     """A workspace under git and DVC, with a remote of each."""
-    rows = "".join(ROW.format(number=number) for number in range(targets))
+    rows = "".join(workspaces.echo_row(f"t{number}") for number in range(targets))
     leader = workspaces.tiny(home / "leader", rows=rows)
     for number, name in enumerate(recipes):
         folder = leader / "recipes" / name

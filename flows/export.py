@@ -31,7 +31,7 @@ from pipeline.release import Published
 from pipeline.run import Verdict, Watcher
 from pipeline.store import Made
 from pipeline.tags import Bump
-from pipeline.types import Limits, Minutes
+from pipeline.types import Limits, Minutes, Target
 from pipeline.workspace import Workspace
 
 Where = Literal["here", "pools"]
@@ -168,7 +168,7 @@ def _on_pools(
     return fanout.built(job, shared, commit, wait_for_pool_s=wait_for_pool_s, refresh=refresh), ready
 
 
-def _upstream(job: Job, targets: Sequence[Any]) -> list[State[Any]]:
+def _upstream(job: Job, targets: Sequence[Target]) -> list[State[Any]]:
     """Tasks for what `targets` share; the value is the states to wait for.
 
     Raises:
@@ -187,7 +187,7 @@ def _upstream(job: Job, targets: Sequence[Any]) -> list[State[Any]]:
     return [done[-1], *others]
 
 
-def _forms(job: Job, targets: Sequence[Any]) -> dict[str, Callable[[], Made]]:
+def _forms(job: Job, targets: Sequence[Target]) -> dict[str, Callable[[], Made]]:
     """Steps that make the numeric forms, beside fp32, that some target wants."""
     found: dict[str, Callable[[], Made]] = {}
     for target in targets:

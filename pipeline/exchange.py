@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import JsonValue, ValidationError
 
-from pipeline import digest, store
+from pipeline import digest, places, store
 from pipeline.errors import StoreError, UnavailableError, WorkspaceError, first_line
 from pipeline.store import Key, Stored
 from pipeline.types import Artifact
@@ -238,8 +238,7 @@ class Exchange:
         return self._patiently(read)
 
     def _is_whole(self) -> bool:
-        protocol = self.files.protocol
-        return not _WHOLE.isdisjoint((protocol,) if isinstance(protocol, str) else protocol)
+        return not _WHOLE.isdisjoint(places.protocols(self.files))
 
     def _patiently(self, work: Callable[[], Result]) -> Result:
         """The result of `work`, tried again for a while when the remote is away."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, ValidationError
 
 from pipeline import backends, digest, git, host, recipes, registry, store, turns
 from pipeline.errors import StoreError, WorkspaceError, first_line
@@ -133,16 +133,12 @@ def check_code(job: Job, code: Sequence[Path]) -> str:
             f"`{dirty[0]}` is not committed, and workers build what is committed",
             hint="`git add` and `git commit` it; or `-p where=here` to build everything in one process",
         )
-    if _has_origin(root) and not git.run(root, "branch", "--remotes", "--contains", commit):
+    if registry.has_origin(root) and not git.run(root, "branch", "--remotes", "--contains", commit):
         raise WorkspaceError(
             f"the commit {commit[:10]} is not at the remote `origin`, from which workers get it",
             hint="`git push`; or `-p where=here` to build everything in one process",
         )
     return commit
-
-
-def _has_origin(root: Path) -> bool:
-    return "origin" in git.run(root, "remote").split()
 
 
 @contextlib.contextmanager
@@ -201,9 +197,9 @@ def _has(clone: Path, commit: str) -> bool:
 
 def _fetch(clone: Path, commit: str) -> None:
     said = "it has no remote `origin`"
-    if _has_origin(clone):
+    if registry.has_origin(clone):
         try:
-            git.run(clone, "fetch", "--quiet", "origin")
+            git.run(clone, "fetch", "--quiet", registry.ORIGIN)
             said = "nor has its remote `origin`"
         except git.GitError as error:
             said = error.said
@@ -250,7 +246,6 @@ class _Verdict(Frozen):
 
 
 Outcome.model_rebuild()
-_OUTCOME = TypeAdapter(Outcome)
 
 
 def outcome(job: Job, found: Verdict, maker: SharedMaker, given: Mapping[str, Made]) -> Outcome:
@@ -366,7 +361,7 @@ def read(note: Mapping[str, Any]) -> Outcome:
         StoreError: it is none, as one of another version of exportyard.
     """
     try:
-        return _OUTCOME.validate_python(note)
+        return Outcome.model_validate(note)
     except ValidationError as error:
         raise StoreError(
             f"a worker's answer can't be read: {first_line(error)}",

@@ -30,6 +30,7 @@ from pipeline.errors import (
 )
 from pipeline.store import Key, Made, Stored, write_json
 from pipeline.types import (
+    CHECKPOINT_KINDS,
     Audit,
     Comparison,
     LatencyReport,
@@ -626,7 +627,7 @@ def check_checkpoint_file(path: Path) -> None:
         )
     if not path.is_file():
         raise CheckpointError(f"the checkpoint `{path}` is not a file", hint="name the file with the weights")
-    if path.suffix not in (".pt", ".pth", ".safetensors", ".pt2"):
+    if path.suffix not in CHECKPOINT_KINDS:
         raise CheckpointError(
             f"can't tell what kind of checkpoint `{path.name}` is",
             hint="expected .pt or .pth (a state dict), .safetensors, or .pt2 (torch.export.save)",

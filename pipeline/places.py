@@ -15,11 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UnavailableError, UsageError, first_line, nearest
+from pipeline.types import CHECKPOINT_KINDS
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-KINDS = (".safetensors", ".pt", ".pth", ".pt2")
 # what file systems tell, each of them some of it: marks of the content, and when it was written
 _MARKS = ("ETag", "etag", "ino")
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
@@ -61,7 +61,7 @@ class Place:
     @property
     def local(self) -> bool:
         """Whether it is a folder of this machine's file system."""
-        return "file" in _protocols(self.files)
+        return "file" in protocols(self.files)
 
     @property
     def name(self) -> str:
@@ -143,7 +143,7 @@ class Place:
         path = PurePosixPath(entry["name"])
         if entry["type"] != "file":
             return False
-        return path.suffix in KINDS if self.pattern is None else fnmatch.fnmatchcase(path.name, self.pattern)
+        return path.suffix in CHECKPOINT_KINDS if self.pattern is None else fnmatch.fnmatchcase(path.name, self.pattern)
 
     def _one(self, entry: Mapping[str, Any], recipe: str) -> Seen:
         name = PurePosixPath(entry["name"]).relative_to(self.root)
@@ -193,7 +193,8 @@ def _check_folder(place: str) -> None:
     )
 
 
-def _protocols(files: AbstractFileSystem) -> tuple[str, ...]:
+def protocols(files: AbstractFileSystem) -> tuple[str, ...]:
+    """The names by which fsspec knows this kind of file system."""
     found = files.protocol
     return (found,) if isinstance(found, str) else tuple(found)
 
@@ -203,8 +204,8 @@ def broken(path: Path) -> str | None:
 
     An old pickle, which says nowhere how long it is, is taken for whole.
     """
-    if path.suffix not in KINDS:
-        return f"can't tell what kind of checkpoint it is; expected {', '.join(KINDS)}"
+    if path.suffix not in CHECKPOINT_KINDS:
+        return f"can't tell what kind of checkpoint it is; expected {', '.join(CHECKPOINT_KINDS)}"
     size = path.stat().st_size
     if size == 0:
         return "it is empty"

@@ -21,7 +21,7 @@ from pydantic import JsonValue
 from pipeline import dvc, git, journal, manifest, tags
 from pipeline.errors import ReleaseError
 from pipeline.journal import Journal
-from pipeline.registry import ORIGIN, copy_of_manifest, tags_of
+from pipeline.registry import ORIGIN, copy_of_manifest, has_origin, tags_of
 from pipeline.store import write_whole
 from pipeline.tags import Tag
 
@@ -228,7 +228,7 @@ def _wants_signature(root: Path) -> bool:
 
 
 def _origin(root: Path) -> str | None:
-    return ORIGIN if ORIGIN in git.run(root, "remote").splitlines() else None
+    return ORIGIN if has_origin(root) else None
 
 
 def _push(note: Journal, origin: str | None) -> None:

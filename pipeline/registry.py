@@ -60,6 +60,11 @@ def row(release: Release) -> list[str]:
     return [version, release.date[:10], release.commit[:10], ", ".join(targets) or release.problem]
 
 
+def has_origin(root: Path) -> bool:
+    """Whether the git repository at `root` has a remote to share releases with."""
+    return ORIGIN in git.run(root, "remote").splitlines()
+
+
 def copy_of_manifest(recipe: str) -> str:
     """Where git keeps a copy of the newest manifest, relative to the workspace; so no list of releases needs DVC."""
     return f"artifacts/{recipe}/release.json"

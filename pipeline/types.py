@@ -57,6 +57,10 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+CHECKPOINT_KINDS = (".safetensors", ".pt", ".pth", ".pt2")
+"""Suffixes of the files that may be checkpoints."""
+
+
 class Frozen(BaseModel):
     """Base of everything that lives in a file: immutable, and an unknown key is an error."""
 

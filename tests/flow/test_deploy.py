@@ -30,6 +30,7 @@ from flows.export import export
 from flows.release import release
 from pipeline.errors import UnavailableError, UsageError, WorkspaceError
 from pipeline.workspace import Workspace
+from tests.flow.yard import processes
 
 if TYPE_CHECKING:
     from tests.flow.conftest import Bench
@@ -236,8 +237,8 @@ def test_a_worker_that_is_stopped_ends_its_run_and_says_so(
     with in_background(env, bench.root, log, "exportyard", "worker", "tried") as worker:
         asked: Any = run_deployment("export/tried", parameters={"recipe": "tiny", "publish": False}, timeout=0)
         wait_for("the run", lambda: "Beginning flow run" in log.read_text())
-        wait_for("the process", lambda: engines(asked.id))
-        process = engines(asked.id)[0]
+        wait_for("the process", lambda: processes(asked.id))
+        process = processes(asked.id)[0]
         os.kill(worker, signal.SIGTERM)
         wait_for("the end", lambda: not running(worker), 15)
     assert not running(process)
@@ -264,16 +265,6 @@ def test_a_worker_that_a_script_has_started_hears_ctrl_c(
         wait_for("the end", lambda: not running(worker), 15)
     assert "has stopped" in log.read_text()
     assert "Traceback" not in log.read_text()
-
-
-def engines(run: object) -> list[int]:
-    """Processes of a flow run."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if f"PREFECT__FLOW_RUN_ID={run}".encode() in place.read_bytes():
-                found.append(int(place.parent.name))
-    return found
 
 
 @pytest.mark.usefixtures("on_server")
