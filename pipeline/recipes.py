@@ -228,6 +228,7 @@ class _Code:
 
 
 _codes: dict[Path, _Code] = {}  # by the recipe's folder
+_places: list[str] = []  # what stands on `sys.path` for the recipe at work
 
 
 def _use_code_of(recipe: Recipe, source: str) -> None:
@@ -242,7 +243,9 @@ def _use_code_of(recipe: Recipe, source: str) -> None:
         if folder != recipe.folder:
             other.give_way(mine.files)
     mine.come_back()
-    places = [str(recipe.folder), str(recipe.root)]
-    others = {str(folder) for folder in _codes} - set(places)
-    sys.path[:] = places + [entry for entry in sys.path if entry not in places and entry not in others]
+    for entry in _places:
+        if entry in sys.path:
+            sys.path.remove(entry)  # the first, which is ours; one further behind is somebody else's
+    _places[:] = [str(recipe.folder), str(recipe.root)]
+    sys.path[:0] = _places
     importlib.invalidate_caches()

@@ -1,6 +1,7 @@
 """Recipes: reading them, the code behind them, and calling it."""
 
 import shutil
+import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -191,6 +192,18 @@ def test_two_recipes_may_both_have_a_module_called_model(tmp_path: Path) -> None
     one, two = read(tmp_path, "one"), read(tmp_path, "two")
     answers = [recipes.call(recipe, "model:build", "factory") for recipe in (one, two, one)]
     assert answers == ["oneone", "twotwo", "oneone"]
+
+
+def test_what_was_importable_before_a_recipe_stays_so_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        write(tmp_path, name, model=f"def build(): return '{name}'")
+    one, two = read(tmp_path, "one"), read(tmp_path, "two")
+    recipes.call(two, "model:build", "factory")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(one.folder)])
+    before = sys.path[2:]
+    for recipe in (one, two):
+        assert recipes.call(recipe, "model:build", "factory") == recipe.name
+        assert sys.path == [str(recipe.folder), str(tmp_path), *before]
 
 
 def test_a_misspelt_callable_gets_the_nearest_name(net: Recipe) -> None:
