@@ -134,11 +134,13 @@ def _automation(client: SyncPrefectClient, automation: AutomationCore, *, dry: b
         if not dry:
             client.create_automation(automation)
         return Change("automation", automation.name, "created")
-    new = automation.model_dump(mode="json", exclude={"owner_resource"})  # which is for new ones only
-    old = there[0].model_dump(mode="json")
+    only_new = {"owner_resource"}
+    # not as JSON, in which a set is a list in any order
+    new, old = automation.model_dump(exclude=only_new), there[0].model_dump(exclude=only_new)
     differs = [key for key in new if _plain(new[key]) != _plain(old[key])]
     if differs and not dry:
-        client.request("PUT", "/automations/{id}", path_params={"id": there[0].id}, json=new)
+        body = automation.model_dump(mode="json", exclude=only_new)
+        client.request("PUT", "/automations/{id}", path_params={"id": there[0].id}, json=body)
     return Change("automation", automation.name, "updated" if differs else "unchanged", ", ".join(differs))
 
 
