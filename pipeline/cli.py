@@ -518,6 +518,18 @@ def setup(
     print(emulator.fetch(say) if what == "emulator" else environments.make(what, say))
 
 
+@app.command()
+def keygen(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="For the private key; FILE.pub is the public one.")],
+) -> None:
+    """Make a pair of keys: one to sign releases with, one for those who verify them."""
+    from pipeline import trust
+
+    public = trust.keygen(file)
+    print(f"made `{file}` (keep it secret, and out of git) and `{public}` (give it to devices)")
+    console.say(f"next: `export {trust.SIGNING_KEY}={file.absolute()}`, then publish")
+
+
 def invoke(arguments: list[str]) -> int:
     """Run one command; every failure ends in one clear message on stderr and its exit code, which is returned.
 

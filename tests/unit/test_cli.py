@@ -28,8 +28,9 @@ SURFACE = {
     "deploy": {"--dry-run", "-C", "--json"},
     "worker": {"--limit", "-C"},
     "setup": set(),
+    "keygen": set(),
 }
-HEAVY = ("torch", "prefect", "dvc", "numpy", "onnx", "onnxruntime", "tvm", "git")
+HEAVY = ("torch", "prefect", "dvc", "numpy", "onnx", "onnxruntime", "tvm", "git", "cryptography")
 
 
 def test_the_surface_is_frozen():
