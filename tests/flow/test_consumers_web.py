@@ -1,0 +1,111 @@
+"""The page and the Node program in examples/consumers: they get a release from a static server, check it and run it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests import browser, consumers, extras, workspaces
+from tests.consumers import BUCKETS, EXAMPLES, ORT, ran
+
+CORNERS = [(0.2, 0.2), (0.8, 0.2), (0.5, 0.5), (0.4, 0.9)]
+RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A release folder; not to be changed."""
+    rows = consumers.ORT_ROW.format(name=ORT) + consumers.ORT_ROW.format(name=BUCKETS) + "    buckets = 'auto'\n"
+    root = tmp_path_factory.mktemp("web") / "yard"
+    consumers.published(root, rows=rows, recipe=workspaces.RECIPE, model=workspaces.MODEL)
+    return root / "artifacts/tiny/release"
+
+
+@pytest.fixture
+def registry(folder, tmp_path) -> Path:
+    """A registry with the release, and the channel `prod`."""
+    consumers.shelved(folder, tmp_path / "site" / "models", "prod")
+    return tmp_path / "site" / "models"
+
+
+def spoil(registry: Path, folder: Path, name: str) -> None:
+    """Flip a bit in the blob of a file of the release."""
+    wanted = (folder / name).read_bytes()
+    blob = next(path for path in (registry / "tiny/blobs/sha256").iterdir() if path.read_bytes() == wanted)
+    blob.write_bytes(bytes([wanted[0] ^ 1]) + wanted[1:])
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
+    """Runs the Node program with words."""
+    if shutil.which("node") is None:
+        extras.skip("node is not installed")
+    root = tmp_path_factory.mktemp("node")
+    for name in ("browser", "node"):
+        shutil.copytree(EXAMPLES / name, root / name, ignore=shutil.ignore_patterns("node_modules", "ort"))
+    (root / "node" / "node_modules").symlink_to(browser.npm_modules(EXAMPLES / "node"))
+    return lambda *words: ran("node", root / "node" / "check.mjs", *words)
+
+
+@pytest.mark.parametrize("target", [ORT, BUCKETS])
+def test_node_runs_a_release_folder(check, folder, target):
+    code, told = check(folder, "--target", target)
+
+    assert code == 0, told
+    assert told.count("ok ") == 3
+
+
+@pytest.mark.parametrize("ref", [(), ("1.0.0",), ("prod",)])
+def test_node_runs_a_release_of_a_registry(check, registry, ref):
+    with browser.served(registry) as url:
+        code, told = check(url, "tiny", *ref)
+
+    assert code == 0, told
+    assert told.startswith(f"tiny v1.0.0, {ORT} (fp32)\n")
+
+
+def test_node_refuses_what_was_not_published(check, registry, folder):
+    spoil(registry, folder, f"engines/{ORT}/model.onnx")
+    with browser.served(registry) as url:
+        code, told = check(url, "tiny")
+        unknown = check(url, "tiny", "stable")
+
+    assert code == 2
+    assert "has other bytes than were published (sha256 differs)" in told
+    assert unknown == (2, 'check.mjs: tiny has no version or channel "stable"; it has v1.0.0, prod\n')
+
+
+@pytest.fixture
+def site(registry) -> Path:
+    """What a static server needs: the page, the runtime and the registry."""
+    root = registry.parent
+    shutil.copytree(
+        EXAMPLES / "browser", root, ignore=shutil.ignore_patterns("node_modules", "ort"), dirs_exist_ok=True
+    )
+    (root / "ort").mkdir()
+    for name in RUNTIME:
+        shutil.copy(browser.npm_modules(EXAMPLES / "browser") / "onnxruntime-web" / "dist" / name, root / "ort")
+    return root
+
+
+def test_the_page_reproduces_the_golden_vectors_and_reads_drawings(site, folder, tmp_path):
+    with browser.served(site) as url, browser.browser(tmp_path / "chromium") as page:
+        page.open(f"{url}/index.html?recipe=tiny&ref=prod")
+        state, text = page.wait("document.body.dataset.state"), page.value("document.body.innerText")
+        page.draw(CORNERS, "#pad")
+        answer = page.wait("/^[0-3]$/.exec(document.getElementById('answer').textContent)?.[0]")
+        shares = page.value("[...document.querySelectorAll('#bars span')].map((one) => parseFloat(one.textContent))")
+
+        spoil(site / "models", folder, f"engines/{ORT}/model.onnx")
+        page.open(f"{url}/index.html?recipe=tiny")
+        refused = page.wait("document.body.dataset.state"), page.value("document.body.innerText")
+
+    assert state == "ready", text
+    assert "tiny v1.0.0" in text
+    assert text.count("✓") == 3
+    assert "This browser reproduces the release's golden vectors." in text
+    assert len(shares) == 4
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    assert shares[int(answer)] == max(shares)
+    assert refused[0] == "failed"
+    assert "has other bytes than were published (sha256 differs)" in refused[1]
