@@ -121,15 +121,14 @@ class BucketDepot:
 
     def folders(self) -> list[str]:
         """See `Depot`."""
-        found = {name.partition("/")[0] for name, _ in self._listed("", "/")}
-        return sorted(name for name in found if name)
+        return sorted(name.rstrip("/") for name, one in self._listed("") if not one)
 
     def entries(self, folder: str) -> list[Entry]:
         """See `Depot`."""
         now = datetime.now(UTC)
         return [
             Entry(name, int(one["Size"]), (now - one["LastModified"]).total_seconds())
-            for name, one in self._listed(f"{folder}/", "/")
+            for name, one in self._listed(f"{folder}/")
             if one
         ]
 
@@ -208,10 +207,10 @@ class BucketDepot:
         kind = "application/json" if name.endswith(".json") else "application/octet-stream"
         self._call("put_object", Key=self._key(name), Body=data, ChecksumSHA256=checksum, ContentType=kind, **condition)
 
-    def _listed(self, below: str, delimiter: str) -> list[tuple[str, dict[str, Any]]]:
-        """Names of objects with what S3 tells of them, and of folders with nothing."""
+    def _listed(self, below: str) -> list[tuple[str, dict[str, Any]]]:
+        """Names of the objects directly in a folder with what S3 tells of them, and of its folders with nothing."""
         front, found = self._key(below), []
-        options: dict[str, str] = {"Prefix": front, "Delimiter": delimiter}
+        options: dict[str, str] = {"Prefix": front, "Delimiter": "/"}
         skip = len(self._key("x")) - 1
         while True:
             answer = self._asked(lambda: self._call("list_objects_v2", **options))

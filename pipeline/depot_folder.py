@@ -50,11 +50,8 @@ class FolderDepot:
 
     def put(self, name: str, data: bytes) -> None:
         """See `Depot`."""
-        with self._explained():
-            if self.read(name) == data:
-                return
-            with self._fresh(name) as path:
-                path.write_bytes(data)
+        with self._explained(), self._fresh(name) as path:
+            path.write_bytes(data)
 
     def put_file(self, name: str, source: Path, sha256: str) -> None:
         """See `Depot`."""

@@ -59,7 +59,7 @@ def at(place: Path | str) -> Depot:
             from s3fs import S3FileSystem
         except ImportError as error:
             raise _no_plugin(first_line(error)) from None
-        return BucketDepot(S3FileSystem(), text.removeprefix("s3://").strip("/"))
+        return BucketDepot(S3FileSystem(skip_instance_cache=True), text.removeprefix("s3://").strip("/"))
     if "://" in text:
         raise UsageError(
             f"can't lay out a registry at `{text}`",

@@ -108,8 +108,7 @@ def lay_out(release: Path, depot: Depot, *, withdrawn: str | None = None, verify
     blobs, top, targets = _blobs(release, content)
     entries = _entries(content.version, top, targets, withdrawn)
     _check_same(depot, content, blobs, index(depot, recipe), top)
-    depot.put(f"{recipe}/oci-layout", digest.canonical({"imageLayoutVersion": "1.0.0"}).encode())
-    _put_puller(depot)
+    _put_beside(depot, recipe)
     sent = _send(depot, recipe, blobs, verify=verify)
 
     def enter(found: Index) -> Index:
@@ -369,8 +368,12 @@ def _send(depot: Depot, recipe: str, blobs: Sequence[Layer], *, verify: bool) ->
     return sent
 
 
-def _put_puller(depot: Depot) -> None:
-    """The program with which a device gets a release, one file, beside the releases."""
-    path = Path(__file__).with_name("puller.py")
-    if path.is_file():
-        depot.put(PULLER, path.read_bytes())
+def _put_beside(depot: Depot, recipe: str) -> None:
+    """What makes the folder an OCI layout; and the program with which a device gets a release, one file."""
+    wanted = {f"{recipe}/oci-layout": digest.canonical({"imageLayoutVersion": "1.0.0"}).encode()}
+    program = Path(__file__).with_name("puller.py")
+    if program.is_file():
+        wanted[PULLER] = program.read_bytes()
+    for name, data in wanted.items():
+        if depot.read(name) != data:
+            depot.put(name, data)

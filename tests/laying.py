@@ -42,7 +42,7 @@ def kills(release: Path, registry: Path, copies: Path) -> int:
 
 
 def _die_at(count: int) -> None:
-    """Make this process die before step `count` of those that touch the disk; a write is one when half of it is done."""
+    """Make this process die before step `count` of those that touch the disk, of which one is half a write."""
     left = count
 
     def step() -> None:

@@ -1,15 +1,22 @@
 """The static registry: whole releases or none, whoever writes at the same time and wherever a writer is killed."""
 
+import contextlib
 import hashlib
 import json
+import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+import uuid
 from pathlib import Path
 
 import pytest
 
-from pipeline import depots, layout
+from pipeline import depot_bucket, depots, layout
 from pipeline.errors import ReleaseError, UnavailableError, UsageError
+from tests import extras
 from tests.releases import TARGETS, run, write_release
 
 
@@ -195,3 +202,140 @@ def test_three_publishers_with_twenty_releases_each_at_once(depot, tmp_path):
         assert files == {name: (folder / name).read_bytes() for name in files}
     assert len(layout.index(depot, "toy").entries) == publishers * releases * (1 + len(TARGETS))
     assert not list(depot.root.rglob("*.tmp"))
+
+
+# --- on S3 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A new bucket of a server on this machine."""
+    extras.need("s3fs", "s3")
+    extras.need("moto", "s3-tests")
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1", "ENDPOINT_URL": f"http://{host}:{port}"
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"AWS_{name}", value)
+    name = f"models-{uuid.uuid4().hex}"  # all servers of one process share their buckets
+    try:
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir(name)
+        yield depots.at(f"s3://{name}/registry")
+    finally:
+        server.stop()
+
+
+def test_a_bucket_holds_the_same_as_a_folder(bucket, depot, tmp_path):
+    for version, content in (("1.0.0", "one"), ("1.1.0", "two")):
+        folder = release(tmp_path / version, version, content)
+        for place in (bucket, depot):
+            assert layout.lay_out(folder, place).changed
+    assert not layout.lay_out(folder, bucket, verify=True).changed
+    assert read(bucket) == read(depot)
+    assert bucket.read("toy/index.json") == depot.read("toy/index.json")
+    assert bucket.folders() == ["toy"]
+    names = {entry.name: entry.size_bytes for entry in depot.entries("toy/blobs/sha256")}
+    assert {entry.name: entry.size_bytes for entry in bucket.entries("toy/blobs/sha256")} == names
+    bucket.remove(names)
+    assert bucket.entries("toy/blobs/sha256") == []
+    assert bucket.digest("toy/nothing") is None
+
+
+def test_a_large_file_goes_up_under_another_name_first(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(depot_bucket, "_ONE_PUT", 4)
+    folder = release(tmp_path / "release")
+    layout.lay_out(folder, bucket)
+    assert read(bucket)["1.0.0"]["engines/any-echo/model.bin"] == b"one for any-echo"
+    assert not [one.name for one in bucket.entries("toy/blobs/sha256") if one.name.endswith(".part")]
+
+
+def test_a_bucket_that_is_not_there(bucket, tmp_path):
+    with pytest.raises(UnavailableError, match="`s3://nowhere/registry` can't be used: there is no such bucket"):
+        layout.lay_out(release(tmp_path / "release"), depots.at("s3://nowhere/registry"))
+
+
+def test_a_server_that_is_away(bucket, tmp_path, monkeypatch):
+    from s3fs import S3FileSystem
+
+    files = S3FileSystem(
+        endpoint_url="http://127.0.0.1:9",
+        key="x",
+        secret="x",
+        config_kwargs={"retries": {"max_attempts": 0}},
+        skip_instance_cache=True,
+    )
+    files.retries = 1
+    with pytest.raises(UnavailableError, match=r"`s3://models/registry` can't be used: .*127\.0\.0\.1:9"):
+        layout.lay_out(release(tmp_path / "release"), depot_bucket.BucketDepot(files, "models/registry"))
+
+
+def test_two_publishers_to_a_bucket_at_once(bucket, tmp_path):
+    commands = []
+    for who in range(2):
+        for turn in range(4):
+            release(tmp_path / f"publisher-{who}" / str(turn), f"{who + 1}.0.{turn}", f"content {turn}")
+        commands.append([sys.executable, "-m", "tests.laying", "all", str(tmp_path / f"publisher-{who}"), bucket.name])
+    working = [subprocess.Popen(command) for command in commands]
+    assert [one.wait() for one in working] == [0, 0]
+    assert len(read(bucket)) == 8
+
+
+# --- into a real registry --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def oci_registry(tmp_path):
+    """The address of Debian's docker-registry, on this machine."""
+    for program in ("skopeo", "docker-registry"):
+        if shutil.which(program) is None:
+            extras.skip(f"`{program}` is not installed (`apt install skopeo docker-registry`)")
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+    settings = tmp_path / "registry.yml"
+    settings.write_text(
+        f"version: 0.1\nlog: {{level: error}}\nhttp: {{addr: {address}}}\n"
+        f"storage: {{filesystem: {{rootdirectory: {tmp_path / 'storage'}}}}}\n"
+    )
+    server = subprocess.Popen(["docker-registry", "serve", str(settings)], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{address}/v2/"):
+                break
+            time.sleep(0.1)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def skopeo(*arguments: str) -> str:
+    return run(Path.cwd(), "skopeo", "--insecure-policy", *arguments)
+
+
+def test_skopeo_copies_a_target_and_a_whole_release_into_a_registry_and_back(depot, tmp_path, oci_registry):
+    folder = release(tmp_path / "release")
+    layout.lay_out(folder, depot)
+    source, got = f"oci:{depot.root}/toy", {}
+    for tag, more in (("v1.0.0-linux-echo", []), ("v1.0.0", ["--all"])):
+        there, got[tag] = f"docker://{oci_registry}/models/toy:{tag}", tmp_path / tag
+        skopeo("copy", *more, "--dest-tls-verify=false", f"{source}:{tag}", there)
+        skopeo("copy", *more, "--src-tls-verify=false", there, f"oci:{got[tag]}:{tag}")
+    top, *_, target = layout.index(depot, "toy").entries
+    (whole,) = json.loads((got["v1.0.0"] / "index.json").read_text())["manifests"]
+    parts = json.loads((got["v1.0.0"] / "blobs/sha256" / whole["digest"][7:]).read_text())["manifests"]
+    # older versions of skopeo write the list of parts anew, without what they don't know; the parts stay as they are
+    assert [one["digest"] for one in parts] == [
+        one["digest"] for one in json.loads(blob(depot, "toy", top))["manifests"]
+    ]
+    (copied,) = json.loads((got["v1.0.0-linux-echo"] / "index.json").read_text())["manifests"]
+    assert copied["digest"] == target["digest"]
+    blobs = got["v1.0.0-linux-echo"] / "blobs/sha256"
+    layers = json.loads((blobs / copied["digest"][7:]).read_text())["layers"]
+    files = {one["annotations"][layout.TITLE]: (blobs / one["digest"][7:]).read_bytes() for one in layers}
+    assert sorted(files) == ["engines/linux-echo/model.bin", "golden.safetensors", "manifest.json"]
+    assert all(data == (folder / name).read_bytes() for name, data in files.items())
