@@ -3,7 +3,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 # what `make test` needs, which is small, and all that there is
-EXTRAS := tvm,openvino,pt2e,flows,examples,dev
+EXTRAS := tvm,openvino,pt2e,flows,trust,examples,dev
 LARGE := executorch,litert,coreml,stablehlo,tvm-cuda,s3-tests
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -519,6 +519,34 @@ def setup(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A release, as `pull` leaves it.")],
+    key: Annotated[
+        Optional[Path],  # noqa: UP045  see above
+        typer.Option("--key", metavar="FILE", help="Public key that must have signed it (default: EXPORTYARD_KEY)."),
+    ] = None,
+    expect: Annotated[
+        Optional[str],  # noqa: UP045  see above
+        typer.Option("--expect", metavar="RECIPE[@VERSION]", help="What the release must be."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a release, offline: every file, where it comes from, what it consists of, who has signed it."""
+    from pipeline import trust, verification
+
+    found = verification.verify(folder, trust.public_key(key), expect)
+    if as_json:
+        print(json.dumps(found.plain(), indent=2))
+        return
+    colours = {"verified": "green", "unchecked": "yellow", "absent": "yellow"}
+    rows = [[one.what, f"[{colours[one.state]}]{one.state}[/]", escape(one.details)] for one in found.checks]
+    console.table([f"{found.manifest.recipe}@{found.manifest.version}", "", ""], rows)
+    others = [name for name in found.manifest.engines if name not in found.targets]
+    if others:
+        console.say(f"not in this folder: {', '.join(others)}")
+
+
+@app.command()
 def keygen(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="For the private key; FILE.pub is the public one.")],
 ) -> None:

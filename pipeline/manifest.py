@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -15,6 +15,10 @@ from pipeline.types import Axis, Distance, Frozen, MetricResult, Scheme, Signatu
 
 FILE = "manifest.json"
 GOLDEN = "golden.safetensors"
+# about the manifest, and so not described by it
+PROVENANCE: Final = "provenance.json"
+SBOM: Final = "sbom.json"
+SIGNATURE: Final = "signature.json"
 _NOTE = "artifact.json"  # the store's own description; beside a release, never part of it
 
 
@@ -123,6 +127,9 @@ class Golden(Frozen):
     cases: Mapping[str, Mapping[str, int]]
 
 
+Beside = Literal["provenance.json", "sbom.json", "signature.json"]
+
+
 class Manifest(Frozen):
     """All of ``manifest.json``.
 
@@ -133,6 +140,7 @@ class Manifest(Frozen):
         tools: versions that decided the bytes of the captured program.
         skipped: for each target without an engine here, the reason.
         tried: for each target, every numeric form that was tried, with its numbers; empty in older releases.
+        beside: names of the files about the manifest that the release has; `attest` writes them.
     """
 
     format: Literal[1] = 1
@@ -147,6 +155,7 @@ class Manifest(Frozen):
     skipped: Mapping[str, str]
     tried: Mapping[str, tuple[Tried, ...]] = {}
     golden: Golden
+    beside: tuple[Beside, ...] = ()
 
     def text(self) -> str:
         """This as it is written: indented, with sorted keys, without what is None, and with a final newline."""
@@ -229,9 +238,12 @@ def check(folder: Path, manifest: Manifest, targets: Collection[str] | None = No
         ReleaseError, UsageError: as `load`.
     """
     wanted = manifest.files(targets)
-    strange = strangers(folder, {file.path for file in wanted})
+    strange = strangers(folder, {file.path for file in wanted}.union(manifest.beside))
     if strange:
         raise _refused(folder, f"`{strange[0]}` is not part of the release", "move it out of the folder")
+    for name in manifest.beside:
+        if (folder / name).is_symlink() or not (folder / name).is_file():
+            raise _refused(folder, f"`{name}` is missing", "get the release again with `exportyard pull`")
     for file in wanted:
         wrong = fault(folder, file)
         if wrong is not None:

@@ -189,7 +189,7 @@ def _check_destination(to: Path, recipe: str) -> None:
         raise ReleaseError(f"`{path}` is not a manifest of ours", hint=f"{elsewhere}, or delete `{to}`") from None
     if older.recipe != recipe:
         raise ReleaseError(f"`{to}` holds a release of `{older.recipe}`", hint=elsewhere)
-    strange = manifest.strangers(to, {file.path for file in older.files()})
+    strange = manifest.strangers(to, {file.path for file in older.files()}.union(older.beside))
     if strange:
         raise ReleaseError(
             f"`{to / strange[0]}` is not part of the release there and would be lost", hint=f"move it, or {elsewhere}"
@@ -199,7 +199,8 @@ def _check_destination(to: Path, recipe: str) -> None:
 def _download(place: _Place, tag: Tag, content: Manifest, targets: Collection[str] | None, fresh: Path) -> None:
     front = f"/{place.folder}/artifacts/{content.recipe}/release".replace("//", "/")
     wanted = content.files(targets)
-    pairs = [(f"{front}/{file.path}", str(fresh / file.path)) for file in wanted]
+    names = [*(file.path for file in wanted), *content.beside]
+    pairs = [(f"{front}/{name}", str(fresh / name)) for name in names]
     try:
         dvc.ask(fresh, "fetch", url=place.url, rev=str(tag), files=pairs)
     except dvc.DvcError as error:

@@ -21,7 +21,7 @@ from pydantic import JsonValue
 from pipeline import dvc, git, journal, manifest, tags
 from pipeline.errors import ReleaseError
 from pipeline.journal import Journal
-from pipeline.registry import ORIGIN, copy_of_manifest, has_origin, tags_of
+from pipeline.registry import ORIGIN, copy_of_manifest, has_origin, origin_url, tags_of
 from pipeline.store import write_whole
 from pipeline.tags import Tag
 
@@ -133,8 +133,7 @@ def record(
         if not journal.settle(note, origin, keep=False) or not isinstance(error, git.GitError):
             raise _explained(note, error) from error
     journal.close(note)
-    where = git.run(turn.root, "remote", "get-url", origin) if origin else None
-    return Recorded(str(tag), str(note.commit), where, count)
+    return Recorded(str(tag), str(note.commit), origin_url(turn.root), count)
 
 
 def _planned(root: Path, steps: Sequence[Step], recipe: str, manifest_text: str, version: str) -> Tag:

@@ -65,6 +65,11 @@ def has_origin(root: Path) -> bool:
     return ORIGIN in git.run(root, "remote").splitlines()
 
 
+def origin_url(root: Path) -> str | None:
+    """The address of the remote to share releases with, as git has it; it may hold a password."""
+    return git.run(root, "remote", "get-url", ORIGIN) if has_origin(root) else None
+
+
 def copy_of_manifest(recipe: str) -> str:
     """Where git keeps a copy of the newest manifest, relative to the workspace; so no list of releases needs DVC."""
     return f"artifacts/{recipe}/release.json"

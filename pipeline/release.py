@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import JsonValue
 
-from pipeline import candidates, digest, failures, git, manifest, recipes, record, registry, store, tags
+from pipeline import attest, candidates, digest, failures, git, manifest, recipes, record, registry, store, tags, trust
 from pipeline.errors import ReleaseError
 from pipeline.job import STATIC_SCHEMES, Job
 from pipeline.manifest import Manifest
@@ -55,7 +55,7 @@ def publish(job: Job, verdicts: Sequence[Verdict], bump: Bump = "patch", *, allo
             )
         existing = registry.versions(root, recipe)
         for release in [release for release in existing if not release.withdrawn][:1]:
-            if release.manifest is not None and _content(release.manifest) == _planned_content(job, chosen):
+            if release.manifest is not None and _is_same(release.manifest, job, chosen):
                 path = root / registry.copy_of_manifest(recipe)
                 return Published(str(release.version), release.tag, path, fresh=False)
         version = str(tags.next_version([release.version for release in existing], bump))
@@ -123,6 +123,12 @@ def code_of(job: Job) -> list[Path]:
     return [path.relative_to(recipe.root) for path in files if not path.is_relative_to(recipe.folder)]
 
 
+def _is_same(found: Manifest, job: Job, chosen: Sequence[Chosen]) -> bool:
+    """Whether a release would be a repetition. One that nobody has signed is not, as soon as there is a key."""
+    signed = trust.signing_key() is None or manifest.SIGNATURE in found.beside
+    return signed and _content(found) == _planned_content(job, chosen)
+
+
 def _content(found: Manifest) -> dict[str, object]:
     """What makes two releases the same: the model, the data, and every engine's bytes and the budget that it kept."""
     engines = {
@@ -169,11 +175,18 @@ def _lay_out(
     evidence: list[object] = [[item.scheme, item.reason, item.parity.plain(), item.latency.plain()] for item in chosen]
     evidence.append({name: [one.plain() for one in found] for name, found in tried.items()})
     config: dict[str, JsonValue] = {"version": version, "commit": commit, "dirty": dirty, "skipped": dict(skipped)}
+    key, source = trust.signing_key(), attest.public_uri(registry.origin_url(job.workspace.root))
+    config |= {"source": source, "signer": None if key is None else trust.signer(key)}
 
     def work(out: Path) -> Mapping[str, JsonValue]:
         from pipeline.stages.publish import lay_out
 
-        return lay_out(job.recipe, chosen, skipped, tried, program, checkpoint, data, version, commit, dirty, out)
+        models = (program, checkpoint, data)
+        facts = lay_out(
+            job.recipe, chosen, skipped, tried, *models, version, commit, dirty, out, beside=attest.names(key)
+        )
+        attest.write(out, source, key)
+        return facts
 
     return store.make(
         job.folder / "release", Key("release", inputs, config | {"evidence": digest.of_json(evidence)}), work

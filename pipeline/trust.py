@@ -24,6 +24,7 @@ SIGNING_KEY = "EXPORTYARD_SIGNING_KEY"
 PUBLIC_KEY = "EXPORTYARD_KEY"
 PAYLOAD = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
+BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _MAKE_ONE = "`exportyard keygen FILE` makes a pair: FILE to sign with, FILE.pub for those who verify"
 
 
@@ -100,6 +101,43 @@ def read_statement(envelope: bytes, key: Path, where: str) -> dict[str, Any]:
     return _opened(found, _public(key), where)
 
 
+def sign_bundle(statement: Mapping[str, Any], key: Path) -> str:
+    """A Sigstore bundle, as OpenSSF's model-signing writes it with a local key, over an in-toto statement.
+
+    Raises:
+        ReleaseError: as `sign_statement`.
+    """
+    private = _private(key)
+    material = {"publicKey": {"hint": key_id(private.public_key())}, "tlogEntries": []}
+    bundle = {"mediaType": BUNDLE, "verificationMaterial": material, "dsseEnvelope": _envelope(statement, private, "")}
+    return digest.canonical(bundle) + "\n"
+
+
+def read_bundle(text: str, key: Path | None, where: str) -> dict[str, Any]:
+    """The statement in a Sigstore bundle. Without `key` it is only read, and may come from anybody.
+
+    Raises:
+        ReleaseError: it is no such bundle, or `key` did not sign it.
+    """
+    try:
+        bundle = json.loads(text)
+        kind, envelope = bundle["mediaType"], bundle["dsseEnvelope"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise _unreadable(where, f"it is no Sigstore bundle ({type(error).__name__})") from None
+    if kind != BUNDLE:
+        raise _unreadable(where, f"expected `{BUNDLE}`")
+    return _opened(envelope, None if key is None else _public(key), where)
+
+
+def signer(key: Path) -> str:
+    """The identity of a private key: that of its public one.
+
+    Raises:
+        ReleaseError: as `sign_statement`.
+    """
+    return key_id(_private(key).public_key())
+
+
 def _envelope(statement: Mapping[str, Any], private: EllipticCurvePrivateKey, keyid: str) -> dict[str, Any]:
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -113,11 +151,7 @@ def _envelope(statement: Mapping[str, Any], private: EllipticCurvePrivateKey, ke
     }
 
 
-def _opened(envelope: Any, public: EllipticCurvePublicKey, where: str) -> dict[str, Any]:
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-
+def _opened(envelope: Any, public: EllipticCurvePublicKey | None, where: str) -> dict[str, Any]:
     try:
         payload = base64.b64decode(envelope["payload"], validate=True)
         kind, signatures = envelope["payloadType"], envelope["signatures"]
@@ -126,6 +160,22 @@ def _opened(envelope: Any, public: EllipticCurvePublicKey, where: str) -> dict[s
         raise _unreadable(where, f"it is no DSSE envelope ({type(error).__name__})") from None
     if kind != PAYLOAD or len(signatures) != 1:
         raise _unreadable(where, f"expected one signature over `{PAYLOAD}`")
+    if public is not None:
+        _check(public, signature, payload, where)
+    try:
+        statement = json.loads(payload)
+    except (ValueError, RecursionError):
+        statement = None
+    if not isinstance(statement, dict) or statement.get("_type") != STATEMENT:
+        raise _unreadable(where, "it holds no in-toto statement")
+    return statement
+
+
+def _check(public: EllipticCurvePublicKey, signature: bytes, payload: bytes, where: str) -> None:
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     try:
         public.verify(signature, _pae(payload), ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
@@ -133,10 +183,6 @@ def _opened(envelope: Any, public: EllipticCurvePublicKey, where: str) -> dict[s
             f"the signature in {where} does not fit the key: another key made it, or the content was changed",
             hint="get the release again, and see that the public key is that of who published it",
         ) from None
-    statement = json.loads(payload)
-    if not isinstance(statement, dict) or statement.get("_type") != STATEMENT:
-        raise _unreadable(where, "it holds no in-toto statement")
-    return statement
 
 
 def _pae(payload: bytes) -> bytes:

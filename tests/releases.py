@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import journal, record, store
+from pipeline import attest, journal, record, store
 from pipeline.manifest import (
     Engine,
     Golden,
@@ -89,15 +89,24 @@ def manifest_of(files: dict[str, Any], version: str, recipe: str = "toy") -> Man
     )
 
 
-def write_release(folder: Path, version: str, content: str, recipe: str = "toy") -> Manifest:
-    """A release folder without artifact.json: two engines of one file each, whose bytes come from `content`."""
+def write_release(
+    folder: Path, version: str, content: str, recipe: str = "toy", *, key: Path | None = None, beside: bool = False
+) -> Manifest:
+    """A release folder without artifact.json: two engines of one file each, whose bytes come from `content`.
+
+    With `beside` it also has a provenance and an SBOM, and with `key` a signature, too.
+    """
     for name in TARGETS:
         path = folder / "engines" / name / "model.bin"
         path.parent.mkdir(parents=True)
         path.write_text(f"{content} for {name}")
     (folder / "golden.safetensors").write_text(f"golden of {content}")
     made = manifest_of(store.describe(folder), version, recipe)
+    if beside or key is not None:
+        made = made.model_copy(update={"beside": attest.names(key)})
     (folder / "manifest.json").write_text(made.text())
+    if made.beside:
+        attest.write(folder, "git+https://example.com/toys", key)
     return made
 
 

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from pipeline import backends, buckets, compare, digest, manifest, padding, reference, samples
 from pipeline.errors import ReleaseError, StoreError
 from pipeline.manifest import (
+    Beside,
     Bucket,
     Engine,
     Golden,
@@ -46,6 +47,8 @@ def lay_out(
     commit: str,
     dirty: bool,
     out: Path,
+    *,
+    beside: Sequence[Beside] = (),
 ) -> dict[str, JsonValue]:
     """Write a release into the empty folder `out`: engines, golden vectors and ``manifest.json``.
 
@@ -54,6 +57,7 @@ def lay_out(
         tried: for each target, every numeric form that was tried.
         version: semantic version without ``v``.
         commit: of the code that made the engines; `dirty` if recipe or targets had uncommitted changes.
+        beside: the files that `attest` will add.
 
     Raises:
         ReleaseError: there is no engine, or one of them failed parity.
@@ -79,6 +83,7 @@ def lay_out(
         skipped=dict(skipped),
         tried=dict(tried),
         golden=Golden(file=_described(out, manifest.GOLDEN), cases=sizes),
+        beside=tuple(beside),
     )
     (out / manifest.FILE).write_text(made.text())
     size = sum(file.size_bytes for file in made.files())

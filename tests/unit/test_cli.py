@@ -28,6 +28,7 @@ SURFACE = {
     "deploy": {"--dry-run", "-C", "--json"},
     "worker": {"--limit", "-C"},
     "setup": set(),
+    "verify": {"--key", "--expect", "--json"},
     "keygen": set(),
 }
 HEAVY = ("torch", "prefect", "dvc", "numpy", "onnx", "onnxruntime", "tvm", "git", "cryptography")

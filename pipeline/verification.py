@@ -1,0 +1,201 @@
+"""Whether a release folder is what was published, and by whom: files, provenance, SBOM, signature. Offline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import JsonValue
+
+from pipeline import attest, digest, manifest, sbom, trust
+from pipeline.errors import ReleaseError
+from pipeline.manifest import PROVENANCE, SBOM, SIGNATURE, Manifest
+
+_AGAIN = "get the release again, from where it was published"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. `unchecked`: it is there, but there was nothing to check it with."""
+
+    what: str
+    state: Literal["verified", "unchecked", "absent"]
+    details: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A release in which nothing was found to be wrong; `targets` are those whose engines are in the folder."""
+
+    manifest: Manifest
+    targets: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+    def plain(self) -> dict[str, JsonValue]:
+        """This as plain JSON data."""
+        return {
+            "recipe": self.manifest.recipe,
+            "version": self.manifest.version,
+            "targets": [*self.targets],
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+
+def verify(folder: Path, key: Path | None, expected: str | None = None) -> Verified:
+    """Check everything that there is about the release in `folder`, which may have the engines of some targets only.
+
+    Args:
+        key: public key, PEM; with it, a release that it did not sign is refused.
+        expected: ``recipe`` or ``recipe@version`` that the release must be; an older one may be signed as well.
+
+    Raises:
+        ReleaseError: something is missing, was changed, is about another release, or is not signed by `key`.
+    """
+    found, targets = _files(folder)
+    if expected is not None:
+        _check_expected(folder, found, expected)
+    count = len(found.files(targets))
+    checks = (
+        Check("files", "verified", f"{count} files have the sha256 that the manifest says"),
+        _provenance(folder, found),
+        _sbom(folder, found),
+        _signature(folder, found, key),
+    )
+    return Verified(found, targets, checks)
+
+
+def _files(folder: Path) -> tuple[Manifest, tuple[str, ...]]:
+    """The manifest, and the targets of which anything is there, every file of which was compared."""
+    path = folder / manifest.FILE
+    try:
+        known = manifest.parse(path.read_text(), str(path)).engines
+    except (OSError, UnicodeDecodeError):
+        known = {}  # `load` says it better
+    targets = tuple(name for name in known if (folder / manifest.folder_of(name)).exists())
+    return manifest.load(folder, targets), targets
+
+
+def _check_expected(folder: Path, found: Manifest, expected: str) -> None:
+    recipe, _, version = expected.partition("@")
+    wanted = (recipe, version.removeprefix("v") or found.version)
+    if (found.recipe, found.version) != wanted:
+        raise ReleaseError(f"`{folder}` holds `{found.recipe}@{found.version}`, expected `{expected}`", hint=_AGAIN)
+
+
+def _provenance(folder: Path, found: Manifest) -> Check:
+    if PROVENANCE not in found.beside:
+        return _absent("provenance", found)
+    said = _json(folder, PROVENANCE)
+    _same_files(PROVENANCE, _subjects(said), _digests(folder, found, ()))
+    try:
+        definition = said["predicate"]["buildDefinition"]
+        parameters = definition["externalParameters"]
+        told = [said["_type"], said["predicateType"], parameters["recipe"], parameters["version"]]
+        made_from = {one["name"]: one["digest"] for one in definition["resolvedDependencies"]}
+    except (KeyError, TypeError):
+        raise _refused(f"`{PROVENANCE}` is no SLSA provenance") from None
+    if told != [trust.STATEMENT, attest.SLSA, found.recipe, found.version]:
+        raise _refused(f"`{PROVENANCE}` is about another release")
+    expected = {one["name"]: one["digest"] for one in attest.dependencies(found, None)}
+    for name in sorted({*expected, *made_from}):
+        if expected.get(name) != made_from.get(name):
+            raise _refused(f"`{PROVENANCE}` and the manifest do not agree on `{name}`")
+    return Check(
+        "provenance",
+        "verified",
+        f"made from commit {found.source.commit[:10]}{' with uncommitted changes' if found.source.dirty else ''}",
+    )
+
+
+def _subjects(said: Any) -> dict[str, str]:
+    try:
+        return {one["name"]: one["digest"]["sha256"] for one in said["subject"]}
+    except (KeyError, TypeError):
+        raise _refused(f"`{PROVENANCE}` is no SLSA provenance") from None
+
+
+def _sbom(folder: Path, found: Manifest) -> Check:
+    if SBOM not in found.beside:
+        return _absent("SBOM", found)
+    said = _json(folder, SBOM)
+    try:
+        kind, about = said["bomFormat"], said["metadata"]["component"]
+        release = {one["alg"]: one["content"] for one in about["hashes"]}
+        files = dict(_hashed(said["components"]))
+        packages = {(one["name"], one["version"]) for one in said["components"] if one["type"] == "library"}
+    except (KeyError, TypeError):
+        raise _refused(f"`{SBOM}` is no bill of materials in CycloneDX") from None
+    whole = {"SHA-256": digest.of_file(folder / manifest.FILE)}
+    if (kind, about["name"], about["version"], release) != ("CycloneDX", found.recipe, found.version, whole):
+        raise _refused(f"`{SBOM}` is about another release")
+    _same_files(SBOM, files, {file.path: file.sha256 for file in found.files()})
+    strange = packages.symmetric_difference(sbom.packages(found))
+    if strange:
+        raise _refused(f"`{SBOM}` and the manifest do not agree on the package `{min(strange)[0]}`")
+    return Check("SBOM", "verified", f"{len(found.engines)} engines, made by {len(packages)} packages")
+
+
+def _hashed(components: Any) -> Iterator[tuple[str, str]]:
+    """Name and sha256 of every file among components, and among the components of these."""
+    for one in components:
+        yield from ((one["name"], found["content"]) for found in one.get("hashes", ()) if found["alg"] == "SHA-256")
+        yield from _hashed(one.get("components", ()))
+
+
+def _signature(folder: Path, found: Manifest, key: Path | None) -> Check:
+    if SIGNATURE not in found.beside:
+        if key is not None:
+            raise ReleaseError(
+                f"`{found.recipe}@{found.version}` is not signed, and `{key}` was given to verify it with",
+                hint=f"publish it with `{trust.SIGNING_KEY}`, or verify it without a key",
+            )
+        return _absent("signature", found)
+    where = f"`{folder / SIGNATURE}`"
+    said = trust.read_bundle((folder / SIGNATURE).read_text(errors="replace"), key, where)
+    try:
+        resources = said["predicate"]["resources"]
+        signed = {one["name"]: one["digest"] for one in resources if one["algorithm"] == "sha256"}
+        kind = said["predicateType"]
+    except (KeyError, TypeError):
+        raise _refused(f"`{SIGNATURE}` does not say which files it is for") from None
+    if kind != attest.MODEL_SIGNATURE:
+        raise _refused(f"`{SIGNATURE}` is not a signature over files")
+    beside = [name for name in found.beside if name != SIGNATURE]
+    _same_files(SIGNATURE, signed, _digests(folder, found, beside))
+    if key is None:
+        return Check("signature", "unchecked", f"give the public key (`--key` or {trust.PUBLIC_KEY}) to check it")
+    return Check("signature", "verified", f"every file is signed by `{key}`")
+
+
+def _digests(folder: Path, found: Manifest, beside: Collection[str]) -> dict[str, str]:
+    """sha256 by path of all that the release has, those files included that are not in the folder."""
+    there = {name: digest.of_file(folder / name) for name in (manifest.FILE, *beside)}
+    return there | {file.path: file.sha256 for file in found.files()}
+
+
+def _same_files(where: str, told: Mapping[str, str], there: Mapping[str, str]) -> None:
+    for path in sorted({*told, *there}):
+        if path not in told:
+            raise _refused(f"`{where}` says nothing about `{path}`")
+        if path not in there:
+            raise _refused(f"`{where}` is also about `{path}`, which the release does not have")
+        if told[path] != there[path]:
+            raise _refused(f"`{path}` is not what `{where}` says (sha256 differs)")
+
+
+def _absent(what: str, found: Manifest) -> Check:
+    return Check(what, "absent", f"`{found.recipe}@{found.version}` was published without")
+
+
+def _json(folder: Path, name: str) -> Any:
+    try:
+        return json.loads((folder / name).read_text())
+    except (ValueError, RecursionError):
+        raise _refused(f"`{name}` is not JSON") from None
+
+
+def _refused(what: str) -> ReleaseError:
+    return ReleaseError(f"the release is not what was published: {what}", hint=_AGAIN)
