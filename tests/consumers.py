@@ -1,5 +1,7 @@
 """A release for the programs in examples/consumers, published for real: several engines, and outputs of two kinds."""
 
+import hashlib
+import json
 import subprocess
 from pathlib import Path
 
@@ -118,3 +120,42 @@ def ran(*command: object, cwd: Path | None = None, env: dict[str, str] | None = 
     words = [str(word) for word in command]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd, env=env, timeout=120)
     return done.returncode, done.stdout + done.stderr
+
+
+def shelved(release: Path, registry: Path, channel: str) -> None:
+    """Put one release folder into a fresh registry, as its version and as `channel`."""
+    manifest = json.loads((release / "manifest.json").read_text())
+    home = registry / manifest["recipe"]
+    (home / "blobs" / "sha256").mkdir(parents=True)
+
+    def blob(content: bytes, media: str, **more: object) -> dict[str, object]:
+        name = hashlib.sha256(content).hexdigest()
+        (home / "blobs" / "sha256" / name).write_bytes(content)
+        return {"mediaType": media, "digest": f"sha256:{name}", "size": len(content), **more}
+
+    def part(names: list[str], kind: str, annotations: dict[str, str]) -> dict[str, object]:
+        layers = [
+            blob(
+                (release / name).read_bytes(),
+                "application/octet-stream",
+                annotations={"org.opencontainers.image.title": name},
+            )
+            for name in names
+        ]
+        text = json.dumps({"schemaVersion": 2, "artifactType": kind, "layers": layers})
+        return blob(text.encode(), "application/vnd.oci.image.manifest.v1+json", annotations=annotations)
+
+    common = ["manifest.json", "golden.safetensors"]
+    parts = [part(common, "application/vnd.exportyard.release.v1", {"dev.exportyard.part": "release"})]
+    for target, engine in manifest["engines"].items():
+        files = [file["path"] for file in engine["files"]]
+        parts.append(part(common + files, "application/vnd.exportyard.engine.v1", {"dev.exportyard.target": target}))
+    whole = json.dumps({"schemaVersion": 2, "manifests": parts}).encode()
+    kind = {"artifactType": "application/vnd.exportyard.release.v1"}
+    version = {"dev.exportyard.version": manifest["version"]}
+    notes = [
+        {"org.opencontainers.image.ref.name": f"v{manifest['version']}", **version},
+        {"org.opencontainers.image.ref.name": channel, "dev.exportyard.channel": channel, **version},
+    ]
+    entries = [blob(whole, "application/vnd.oci.image.index.v1+json", annotations=note, **kind) for note in notes]
+    (home / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": entries}))
