@@ -47,6 +47,10 @@ Targets = Annotated[
     typer.Option("--target", "-t", metavar="T", help="A row of targets/targets.toml; may be repeated."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+PublicKey = Annotated[
+    Optional[Path],  # noqa: UP045  see above
+    typer.Option("--key", metavar="FILE", help="Public key that must have signed it (default: EXPORTYARD_KEY)."),
+]
 Bump = Literal["patch", "minor", "major"]
 HERE = Path()
 TYPER_INTERRUPTED = 130  # what it turns Ctrl-C into
@@ -316,15 +320,17 @@ def pull(
         Optional[str],  # noqa: UP045  see above
         typer.Option("--from", metavar="DIR|URL", help="A workspace or a git address (default: this workspace)."),
     ] = None,
+    key: PublicKey = None,
     root: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Download a release, or some of its targets, and verify every byte."""
+    from pipeline import trust
     from pipeline.pull import fetch
 
     name, _, version = recipe.partition("@")
     where = source if source is not None else str(workspace.find(root).root)
-    pulled = fetch(where, name, version or None, target, to)
+    pulled = fetch(where, name, version or None, target, to, trust.public_key(key))
     if as_json:
         found = {"tag": pulled.tag, "folder": str(pulled.folder), "targets": pulled.targets, "changed": pulled.changed}
         print(json.dumps(found, indent=2))
@@ -521,10 +527,7 @@ def setup(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A release, as `pull` leaves it.")],
-    key: Annotated[
-        Optional[Path],  # noqa: UP045  see above
-        typer.Option("--key", metavar="FILE", help="Public key that must have signed it (default: EXPORTYARD_KEY)."),
-    ] = None,
+    key: PublicKey = None,
     expect: Annotated[
         Optional[str],  # noqa: UP045  see above
         typer.Option("--expect", metavar="RECIPE[@VERSION]", help="What the release must be."),

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import dvc, git, manifest, registry, tags
+from pipeline import dvc, git, manifest, registry, tags, verification
 from pipeline.errors import ReleaseError
 from pipeline.manifest import Manifest
 from pipeline.tags import Tag
@@ -44,7 +44,14 @@ class _Place:
     name: str
 
 
-def fetch(source: Path | str, recipe: str, version: str | None, targets: Collection[str] | None, to: Path) -> Pulled:
+def fetch(
+    source: Path | str,
+    recipe: str,
+    version: str | None,
+    targets: Collection[str] | None,
+    to: Path,
+    key: Path | None = None,
+) -> Pulled:
     """Install a release into the folder `to`.
 
     Args:
@@ -52,11 +59,12 @@ def fetch(source: Path | str, recipe: str, version: str | None, targets: Collect
         version: with or without ``v``; None is the latest.
         targets: the engines to get; None means all. Manifest and golden vectors always come along.
         to: a folder that doesn't exist, is empty, or holds an older release of the recipe and nothing else.
+        key: public key that must have signed the release; None takes it from anybody.
 
     Raises:
         UsageError: unknown recipe, version or target; the nearest is suggested.
-        ReleaseError: the source can't be read, a file arrived with other bytes, or `to` holds something else. Then
-            nothing was installed, and what was there is as it was.
+        ReleaseError: the source can't be read, a file arrived with other bytes, `key` did not sign it, or `to`
+            holds something else. Then nothing was installed, and what was there is as it was.
     """
     to = Path(os.path.realpath(to))  # unlike `resolve`, it doesn't stumble over a loop of links
     with _opened(source) as place:
@@ -72,7 +80,7 @@ def fetch(source: Path | str, recipe: str, version: str | None, targets: Collect
         content.files(targets)  # an unknown target is said before anything is made
         try:
             with _one_at_a_time(to):
-                changed = _install(place, tag, content, text, targets, to)
+                changed = _install(place, tag, content, text, targets, to, key)
         except OSError as error:
             raise ReleaseError(
                 f"can't write `{to}`: {error.strerror or error}", hint="see that the disk has space and is writable"
@@ -138,11 +146,19 @@ def _one_at_a_time(to: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _install(place: _Place, tag: Tag, content: Manifest, text: str, targets: Collection[str] | None, to: Path) -> bool:
+def _install(
+    place: _Place,
+    tag: Tag,
+    content: Manifest,
+    text: str,
+    targets: Collection[str] | None,
+    to: Path,
+    key: Path | None,
+) -> bool:
     displaced = to.with_name(f".{to.name}.old")
     if displaced.exists() and not to.exists():
         displaced.rename(to)  # a pull was killed between its two renames
-    if _is_there(to, content, text, targets):
+    if _is_there(to, content, text, targets, key):
         return False
     _check_destination(to, content.recipe)
     fresh = Path(tempfile.mkdtemp(prefix=f".{to.name}.", suffix=".tmp", dir=to.parent))
@@ -150,6 +166,7 @@ def _install(place: _Place, tag: Tag, content: Manifest, text: str, targets: Col
         fresh.chmod(0o755)
         _download(place, tag, content, targets, fresh)
         (fresh / manifest.FILE).write_text(text)
+        _check_papers(fresh, place, tag, content, key)
         if displaced.exists():
             shutil.rmtree(displaced)
         if to.exists():
@@ -161,11 +178,21 @@ def _install(place: _Place, tag: Tag, content: Manifest, text: str, targets: Col
     return True
 
 
-def _is_there(to: Path, content: Manifest, text: str, targets: Collection[str] | None) -> bool:
+def _check_papers(fresh: Path, place: _Place, tag: Tag, content: Manifest, key: Path | None) -> None:
+    try:
+        verification.papers(fresh, content, key)
+    except ReleaseError as error:
+        raise ReleaseError(
+            f"`{tag}` from {place.name} was refused, nothing was installed: {error.message}", hint=error.hint
+        ) from None
+
+
+def _is_there(to: Path, content: Manifest, text: str, targets: Collection[str] | None, key: Path | None) -> bool:
     try:
         if (to / manifest.FILE).read_text() != text:
             return False
         manifest.check(to, content, targets)
+        verification.papers(to, content, key)
     except (OSError, UnicodeDecodeError, ReleaseError):
         return False
     return True

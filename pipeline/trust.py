@@ -223,9 +223,12 @@ def _public(path: Path) -> EllipticCurvePublicKey:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
+    text = _read(path)
     try:
-        key = serialization.load_pem_public_key(_read(path))
+        key = serialization.load_pem_public_key(text)
     except ValueError:
+        if b"PRIVATE KEY" in text:
+            raise ReleaseError(f"`{path}` is a private key, which only signs", hint=f"`{path}.pub` verifies") from None
         raise ReleaseError(f"can't verify with `{path}`: it is no public key in PEM", hint=_MAKE_ONE) from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
         raise ReleaseError(f"can't verify with `{path}`: it is not a key on the curve P-256", hint=_MAKE_ONE)

@@ -58,13 +58,17 @@ def verify(folder: Path, key: Path | None, expected: str | None = None) -> Verif
     if expected is not None:
         _check_expected(folder, found, expected)
     count = len(found.files(targets))
-    checks = (
-        Check("files", "verified", f"{count} files have the sha256 that the manifest says"),
-        _provenance(folder, found),
-        _sbom(folder, found),
-        _signature(folder, found, key),
-    )
-    return Verified(found, targets, checks)
+    files = Check("files", "verified", f"{count} files have the sha256 that the manifest says")
+    return Verified(found, targets, (files, *papers(folder, found, key)))
+
+
+def papers(folder: Path, found: Manifest, key: Path | None) -> tuple[Check, ...]:
+    """Check what lies beside the manifest of a release whose files were compared with it before.
+
+    Raises:
+        ReleaseError: as `verify`.
+    """
+    return _provenance(folder, found), _sbom(folder, found), _signature(folder, found, key)
 
 
 def _files(folder: Path) -> tuple[Manifest, tuple[str, ...]]:

@@ -19,7 +19,7 @@ SURFACE = {
     "quantize": {"--target", "-t", "--explain", "-C", "--json"},
     "publish": {"--checkpoint", "--target", "-t", "--bump", "--jobs", "-j", "--allow-dirty", "-C", "--json"},
     "releases": {"-C", "--json"},
-    "pull": {"--to", "--from", "--target", "-t", "-C", "--json"},
+    "pull": {"--to", "--from", "--key", "--target", "-t", "-C", "--json"},
     "status": {"--checkpoint", "--target", "-t", "-C", "--json"},
     "make": {"-C"},
     "notify": {"--recipe", "--again", "--event", "-C", "--json"},

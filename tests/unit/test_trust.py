@@ -91,8 +91,11 @@ def test_files_that_are_no_keys(key, tmp_path):
         trust.sign_statement(SAID, tmp_path / "none")
     with pytest.raises(ReleaseError, match="no private key in PEM"):
         trust.sign_statement(SAID, public(key))
-    with pytest.raises(ReleaseError, match="no public key in PEM"):
+    with pytest.raises(ReleaseError, match=r"key` is a private key"):
         trust.read_statement(trust.sign_statement(SAID, key), key, "a test")
+    (tmp_path / "text").write_text("no key")
+    with pytest.raises(ReleaseError, match="no public key in PEM"):
+        trust.read_statement(trust.sign_statement(SAID, key), tmp_path / "text", "a test")
 
 
 @pytest.mark.parametrize(
