@@ -653,7 +653,7 @@ class Hasher:
         self.free: queue.Queue[bytearray] = queue.Queue()
         for _ in range(BUFFERS):
             self.free.put(bytearray(CHUNK))
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread = threading.Thread(target=self._work, name=AGENT, daemon=True)
         self._thread.start()
 
     def add(self, buffer: bytearray, count: int) -> None:
@@ -746,12 +746,12 @@ def _receive(registry: Registry, file: File, path: Path, name: str) -> int | Non
     """Fill `path`. None when its digest is right, else how much of it was here before."""
     failed = 0
     with path.open("r+b" if path.exists() else "w+b", buffering=0) as stream:
-        part = Part(stream, Hasher())
         if os.fstat(stream.fileno()).st_size > file.size:
             stream.truncate(0)
-        part.fill(stream, file.size, registry, write=False)
-        kept = part.have
+        part = Part(stream, Hasher())
         try:
+            part.fill(stream, file.size, registry, write=False)
+            kept = part.have
             while part.have < file.size:
                 before = part.have
                 try:
@@ -819,7 +819,7 @@ def fetch_all(registry: Registry, files: Sequence[File], folder: Path) -> None:
                     failures.append(error)
                     own.stop.set()
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(AT_ONCE, todo.qsize()))]
+    threads = [threading.Thread(target=work, name=AGENT, daemon=True) for _ in range(min(AT_ONCE, todo.qsize()))]
     try:
         for thread in threads:
             thread.start()
@@ -979,18 +979,18 @@ def describe(registry: Registry, entry: Entry) -> Release:
         common = next(one for one in listed if one.get("annotations", {}).get(f"{LABEL}part") == "release")
         layers = registry.document(common["digest"])["layers"]
         digests = {one["annotations"]["org.opencontainers.image.title"]: str(one["digest"]) for one in layers}
-        names = [MANIFEST, *(name for name in BESIDE if name in digests)]
-        documents = {name: registry.blob(digests[name]) for name in names}
+        text = registry.blob(digests[MANIFEST])
+        content = read_manifest(text, f"{registry.source.name}: {registry.recipe} v{entry.version}")
+        beside = {name: registry.blob(digests[name]) for name in content.get("beside", ())}
     except (KeyError, TypeError, StopIteration, AttributeError):
         raise ReleaseError(f"{wrong}: `{entry.digest}` is no release", hint=hint) from None
-    content = read_manifest(documents[MANIFEST], f"{registry.source.name}: {registry.recipe} v{entry.version}")
     if (content["recipe"], content["version"]) != (registry.recipe, entry.version):
         raise ReleaseError(
             f"the registry gives `{content['recipe']}` v{content['version']} out as `{registry.recipe}` "
             f"v{entry.version}, nothing was installed",
             hint=hint,
         )
-    return Release(content, documents)
+    return Release(content, {MANIFEST: text, **beside})
 
 
 def read_manifest(text: bytes, where: str) -> dict[str, Any]:
@@ -1009,6 +1009,8 @@ def read_manifest(text: bytes, where: str) -> dict[str, Any]:
         paths = [file.path for file in files]
         if len(set(paths)) < len(paths):
             raise ValueError("it lists a file twice")
+        if not set(content.get("beside", ())) <= set(BESIDE):
+            raise ValueError("it knows of files beside it that this puller doesn't know")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReleaseError(
             f"`{where}` is not a release manifest: {error}", hint="if a newer exportyard made it, get a newer puller"
@@ -1584,7 +1586,7 @@ def _explained(place: Place) -> Iterator[None]:
                 hint="see that the folder is no mount point, and that it and the one above it can be written",
             ) from None
         shutil.rmtree(place.tree, ignore_errors=True)
-        for path in place.partial.glob("*" * 8) if place.partial.is_dir() else ():
+        for path in place.partial.iterdir() if place.partial.is_dir() else ():
             if re.fullmatch(r"[0-9a-f]{64}", path.name):
                 path.unlink()
         with contextlib.suppress(OSError):
@@ -1941,8 +1943,7 @@ def back(wish: Wish, talk: Talk | None = None) -> Pulled:
             raise ReleaseError(f"there is no version before the one in `{place.to}`", hint="pull one by its name")
         if wish.recipe and content["recipe"] != wish.recipe:
             raise ReleaseError(f"`{place.to}` holds `{content['recipe']}`, and not `{wish.recipe}`", hint="see `--to`")
-        names = [MANIFEST, *(name for name in BESIDE if (place.previous / name).is_file())]
-        documents = {name: (place.previous / name).read_bytes() for name in names}
+        documents = {name: (place.previous / name).read_bytes() for name in (MANIFEST, *content.get("beside", ()))}
         targets = tuple(name for name in content["engines"] if _has(place.previous, content, name))
         files = _files(content, targets)
         wrong = fault(place.previous, [*files, *_document_files(documents)])

@@ -4,7 +4,10 @@ import contextlib
 import hashlib
 import json
 import random
+import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,6 +15,8 @@ from typing import Any
 
 from pipeline import depots, layout, manifest, trust
 from tests.releases import write_release
+
+PIECE = 16 << 10
 
 
 def publish(registry: Path, release: Path, *, withdrawn: str | None = None) -> str:
@@ -22,8 +27,9 @@ def publish(registry: Path, release: Path, *, withdrawn: str | None = None) -> s
 
 def release(folder: Path, version: str, content: str, recipe: str = "toy", *, key: Path | None = None) -> Path:
     """A release of two small engines, signed if there is a key."""
-    write_release(folder, version, content, recipe)
+    made = write_release(folder, version, content, recipe)
     if key is not None:
+        (folder / manifest.FILE).write_text(made.model_copy(update={"beside": ("signature.json",)}).text())
         sign(folder, key)
     return folder
 
@@ -46,7 +52,7 @@ def sign(folder: Path, key: Path, **changes: Any) -> None:
     (folder / "signature.json").write_text(trust.sign_bundle(statement, key))
 
 
-def assign(registry: Path, channel: str, version: str, serial: int, key: Path | None = None, **changes: Any) -> None:
+def assign(registry: Path, channel: str, version: str, serial: int, key: Path | None = None, /, **changes: Any) -> None:
     """Let a channel of `toy` point to a version; `changes` replace keys of what is signed."""
     depot = depots.at(registry)
     found = layout.index(depot, "toy")
@@ -81,7 +87,9 @@ class Server(ThreadingHTTPServer):
     Attributes:
         faults: how likely each answer is to fail, in some way that `random` chooses.
         sent: bytes of bodies that were sent, by path; `asked`: the paths, in order, with their Range.
-        ranges: whether it can begin in the middle.
+        ranges: whether it can begin in the middle; `slow`: seconds before each piece of a body.
+        only: end of the paths that fail; `script`: what happens to the next answers, before chance decides;
+            `failed`: how many have failed.
     """
 
     daemon_threads = True
@@ -92,8 +100,9 @@ class Server(ThreadingHTTPServer):
         self.sent: dict[str, int] = {}
         self.asked: list[tuple[str, str]] = []
         self.headers: list[dict[str, str]] = []
-        self.ranges = True
+        self.ranges, self.slow, self.failed = True, 0.0, 0
         self.script: list[str] = []
+        self.only = ""
         self.kinds = ("500", "503", "drop", "cut", "flip", "garbage", "short", "404", "reset")
         self.lock = threading.Lock()
 
@@ -102,12 +111,17 @@ class Server(ThreadingHTTPServer):
         """Of the folder."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def fault(self) -> str:
+    def fault(self, name: str) -> str:
         """What goes wrong with the next answer; empty if nothing does."""
+        if not name.endswith(self.only):
+            return ""
         with self.lock:
             if self.script:
-                return self.script.pop(0)
-            return self.random.choice(self.kinds) if self.random.random() < self.faults else ""
+                found = self.script.pop(0)
+            else:
+                found = self.random.choice(self.kinds) if self.random.random() < self.faults else ""
+            self.failed += bool(found)
+            return found
 
     def number(self, most: int) -> int:
         """A random number from 0 to `most` - 1."""
@@ -140,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked.append((name, span))
             self.server.headers.append(dict(self.headers))
-        fault = self.server.fault()
+        fault = self.server.fault(name)
         path = self.server.root / name
         if fault in ("500", "503", "404") or not path.is_file():
             return self._refuse(int(fault) if fault.isdigit() else 404)
@@ -176,13 +190,12 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("cut", "reset"):
             body = body[: self.server.number(len(body))]
             self.close_connection = True
-        self.wfile.write(body)
+        for place in range(0, len(body), PIECE):
+            time.sleep(self.server.slow)
+            self.wfile.write(body[place : place + PIECE])
         with self.server.lock:
             self.server.sent[name] = self.server.sent.get(name, 0) + len(body)
         if fault == "reset":
-            import socket
-            import struct
-
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
 
