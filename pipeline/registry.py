@@ -86,6 +86,33 @@ def versions(root: Path, recipe: str) -> list[Release]:
     return _releases(root, folder, [tag for tag in tags_of(root) if tag.recipe == recipe and tag.folder == folder])
 
 
+def manifest_of(root: Path, recipe: str, version: str) -> Manifest:
+    """The manifest of one release of `recipe`, from git alone.
+
+    Args:
+        version: with or without ``v``.
+
+    Raises:
+        UsageError: there is no such version; the nearest is suggested.
+        ReleaseError: `root` is not in a git work tree, or git has no readable manifest of that version.
+    """
+    known = versions(root, recipe)
+    tag = pick([tag for tag in tags_of(root) if tag.folder == git.folder_of(root)], recipe, version, "this workspace")
+    found = next(release for release in known if release.version == tag.version)
+    if found.manifest is None:
+        raise ReleaseError(f"nothing is known of `{tag}`: {found.problem}", hint=f"`exportyard releases {recipe}`")
+    return found.manifest
+
+
+def changed_files(root: Path, recipe: str, before: str, after: str) -> list[str]:
+    """Files of the recipe and of ``targets/`` that differ between two commits; none where git lacks one of them."""
+    try:
+        names = git.run(root, "diff", "--name-only", "--relative", before, after, "--", f"recipes/{recipe}", "targets")
+    except git.GitError:
+        return []
+    return names.splitlines()
+
+
 def tags_of(root: Path) -> list[Tag]:
     """All release tags of the git repository at `root`, those that withdraw one included."""
     names = git.run(root, "for-each-ref", "--format=%(refname:strip=2)", "refs/tags").splitlines()

@@ -129,10 +129,14 @@ def prepare(
 
 
 def _check_required(recipe: Recipe, rows: Mapping[str, Target]) -> None:
-    """Refuse a recipe that could never be released, since it requires a target that it doesn't have."""
-    for name in () if recipe.require == "all" else recipe.require:
-        if name not in (recipe.targets or rows):
-            raise errors.unknown("target", name, recipe.targets or rows, where=f"`require` of recipe `{recipe.name}`")
+    """Refuse a recipe that requires or judges a target that it doesn't have: it could never be released, or judged."""
+    required = () if recipe.require == "all" else recipe.require
+    judged = () if recipe.regression is None else recipe.regression.targets
+    for setting, names in (("require", required), ("regression.targets", judged)):
+        for name in names:
+            if name not in (recipe.targets or rows):
+                where = f"`{setting}` of recipe `{recipe.name}`"
+                raise errors.unknown("target", name, recipe.targets or rows, where=where)
 
 
 def export(job: Job, jobs: int = 1, watch: Watcher = ignore) -> list[Verdict]:

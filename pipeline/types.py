@@ -213,6 +213,38 @@ class Budget(Frozen):
         return self
 
 
+class Worsening(Frozen):
+    """How much worse an engine may be than in the release before; what is None isn't judged.
+
+    Attributes:
+        drop: how far the evaluation metric may get worse (absolute, in the metric's unit).
+        slowdown: by which share a call may take longer: 0.1 is ten percent.
+        growth: by which share the engine's files may get larger.
+    """
+
+    drop: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    slowdown: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    growth: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+
+class Regression(Worsening):
+    """What a release may lose against the one before; `exportyard publish` refuses more.
+
+    Attributes:
+        keep_targets: whether a release needs an engine for each target that the one before has one for.
+        targets: other bounds for some targets; those left out there are as for all.
+    """
+
+    keep_targets: bool = False
+    targets: Mapping[Name, Worsening] = {}
+
+    def of(self, target: str) -> Worsening:
+        """The bounds of one target."""
+        common = self.model_dump(include=set(Worsening.model_fields))
+        own = self.targets.get(target, Worsening()).model_dump(exclude_none=True)
+        return Worsening(**common | own)
+
+
 def _is_callable(source: str) -> bool:
     module, colon, name = source.partition(":")
     return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
@@ -235,6 +267,7 @@ class Recipe(Frozen):
         feeds: ``module:callable(sizes, seed) -> {input: array}``, for inputs that a value range can't describe.
         translations: ``module:callable() -> {operator: onnxscript function}`` for custom operators.
         require: targets that must have passed for a release; ``all`` stands for all that could be built.
+        regression: how much worse a release may be than the one before; None judges nothing.
     """
 
     name: Name
@@ -252,6 +285,7 @@ class Recipe(Frozen):
     calibration: Calibration | None = None
     evaluation: Evaluation
     budget: Budget
+    regression: Regression | None = None
     targets: tuple[str, ...] | None = Field(default=None, min_length=1)
     require: Annotated[Literal["all"] | tuple[str, ...], BeforeValidator(_require)] = "all"
     folder: Path = Field(exclude=True, repr=False)

@@ -28,6 +28,7 @@ SURFACE = {
     "deploy": {"--dry-run", "-C", "--json"},
     "worker": {"--limit", "-C"},
     "setup": set(),
+    "diff": {"-C", "--json"},
     "verify": {"--key", "--expect", "--json"},
     "keygen": set(),
 }

@@ -94,6 +94,16 @@ def test_what_is_not_toml_names_the_line(tmp_path: Path) -> None:
             r"unknown key `inputs.0.unit`[\s\S]*known keys: dtype, name, range, shape",
         ),
         ("drop = 0.0", "drop = -1", r"`budget.drop` = -1: input should be greater than or equal to 0"),
+        (
+            "drop = 0.0",
+            "drop = 0.0\n    [regression]\n    slowdwon = 0.1",
+            r"unknown key `regression.slowdwon`[\s\S]*did you mean `slowdown`\?",
+        ),
+        (
+            "drop = 0.0",
+            "drop = 0.0\n    [regression.targets.x]\n    growth = -1",
+            r"`regression.targets.x.growth` = -1: input should be greater than or equal to 0",
+        ),
         ("opt = 2", "opt = 9", r"expected min <= opt <= max, got 1, 9, 4"),
         ('"batch", 3', '"bach", 3', r"axis `bach` is used by an input but not described in \[axes\]"),
         ('"batch", 3', "2, 3", r"axis `batch` is described in \[axes\] but no input has it"),

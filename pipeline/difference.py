@@ -1,0 +1,291 @@
+"""Two releases side by side: what was changed, what came of it, and whether the recipe's policy allows that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pydantic import JsonValue
+
+from pipeline import console
+from pipeline.manifest import Engine, LatencyLine, Manifest
+from pipeline.types import Regression, Worsening
+
+COLUMNS = ["target", "form", "metric", "worst error", "time", "size", "verdict"]
+_EXACT = 1e-12  # two numbers that were computed in another order may differ by this
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that went into the releases, and differs; None where one of them has no such thing."""
+
+    what: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The engines of one target in two releases.
+
+    Attributes:
+        fall: how much worse the metric is, in its unit; None where the two have not the same metric.
+        slower: mean ratio of the times of one call; None where they were not measured on the same CPU and sizes.
+        surely: the same from quartiles, the good one after and the bad one before: above 1 only where the times are
+            further apart than they scatter.
+        larger: ratio of the sizes.
+        changes: what differs in how the engine was made.
+        regressions: what goes beyond the policy, in words.
+    """
+
+    target: str
+    before: Engine | None
+    after: Engine | None
+    fall: float | None = None
+    slower: float | None = None
+    surely: float | None = None
+    larger: float | None = None
+    changes: tuple[Change, ...] = ()
+    regressions: tuple[str, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        """Whether the two engines are the same files."""
+        return self.before is not None and self.after is not None and _digests(self.before) == _digests(self.after)
+
+    def plain(self) -> dict[str, JsonValue]:
+        """This as plain JSON data."""
+        return {
+            "target": self.target,
+            "before": _numbers(self.before),
+            "after": _numbers(self.after),
+            "same_files": self.same,
+            "metric_fall": self.fall,
+            "time_ratio": self.slower,
+            "size_ratio": self.larger,
+            "changes": [asdict(change) for change in self.changes],
+            "regressions": [*self.regressions],
+        }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """All that differs between two releases; `judged` is False where the recipe has no policy."""
+
+    before: Manifest
+    after: Manifest
+    changes: tuple[Change, ...]
+    pairs: tuple[Pair, ...]
+    judged: bool
+
+    @property
+    def regressions(self) -> list[str]:
+        """What goes beyond the policy, target by target."""
+        return [f"{pair.target}: {text}" for pair in self.pairs for text in pair.regressions]
+
+    def verdict(self) -> str:
+        """All of it in one line."""
+        if not self.judged:
+            return "not judged: the recipe has no [regression] in recipe.toml"
+        count = len(self.regressions)
+        name = f"{self.after.recipe}@{self.after.version}"
+        return f"{name} goes beyond the recipe's policy in {count} points" if count else f"{name} is within the policy"
+
+    def plain(self) -> dict[str, JsonValue]:
+        """This as plain JSON data."""
+        return {
+            "recipe": self.after.recipe,
+            "before": self.before.version,
+            "after": self.after.version,
+            "changes": [asdict(change) for change in self.changes],
+            "targets": [pair.plain() for pair in self.pairs],
+            "judged": self.judged,
+            "regressions": [*self.regressions],
+            "verdict": self.verdict(),
+        }
+
+
+def between(
+    before: Manifest,
+    after: Manifest,
+    policy: Regression | None,
+    *,
+    higher_is_better: bool = True,
+    code: Sequence[str] = (),
+) -> Difference:
+    """Compare two releases.
+
+    Args:
+        policy: the recipe's; None judges nothing.
+        higher_is_better: of the recipe's metric.
+        code: files of the recipe that differ between the two commits.
+    """
+    pairs = tuple(
+        _pair(name, before, after, policy, higher_is_better) for name in sorted({*before.engines, *after.engines})
+    )
+    return Difference(before, after, _changes(before, after, code), pairs, policy is not None)
+
+
+def _changes(before: Manifest, after: Manifest, code: Sequence[str]) -> tuple[Change, ...]:
+    found = _between("checkpoint", before.checkpoint, after.checkpoint)
+    if before.source.commit != after.source.commit:
+        commits = [f"{one.source.commit[:10]}{' (uncommitted changes)' * one.source.dirty}" for one in (before, after)]
+        found.append(Change("code" + "".join(f"\n  {name}" for name in code), *commits))
+    if before.data != after.data:
+        found.append(Change("calibration and evaluation data", before.data, after.data))
+    found += _between("tool", before.tools, after.tools)
+    if before.signature != after.signature:
+        found.append(Change("inputs, outputs or axes", _signature(before), _signature(after)))
+    return tuple(found)
+
+
+def _signature(found: Manifest) -> str:
+    specs = (*found.signature.inputs, *found.signature.outputs)
+    return ", ".join(f"{spec.name} {spec.dtype}[{', '.join(map(str, spec.shape))}]" for spec in specs)
+
+
+def _between(title: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    return [
+        Change(f"{title} {name}", _text(before.get(name)), _text(after.get(name)))
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _pair(name: str, before: Manifest, after: Manifest, policy: Regression | None, higher_is_better: bool) -> Pair:
+    old, new = before.engines.get(name), after.engines.get(name)
+    if old is None or new is None:
+        lost = new is None and policy is not None and policy.keep_targets
+        why = after.skipped.get(name, "it was not asked for")
+        return Pair(name, old, new, regressions=(f"has no engine any more: {why}",) if lost else ())
+    one, other = old.parity.metric, new.parity.metric
+    fall = None
+    if one.name == other.name:
+        fall = one.engine - other.engine if higher_is_better else other.engine - one.engine
+    slower, surely = _times(old, new)
+    found = Pair(
+        name,
+        old,
+        new,
+        fall=fall,
+        slower=slower,
+        surely=surely,
+        larger=_size(new) / max(1, _size(old)),
+        changes=tuple(_between("tool", old.tools, new.tools) + _between("row:", _row(old), _row(new))),
+    )
+    return found if policy is None else _judged(found, policy.of(name))
+
+
+def _row(engine: Engine) -> dict[str, Any]:
+    """What decides an engine's bytes in the row of its target."""
+    return engine.target.model_dump(mode="json", exclude={"name", "summary", "pool", "device", "limits"})
+
+
+def _times(old: Engine, new: Engine) -> tuple[float | None, float | None]:
+    """Geometric means of the ratios over all sizes and thread counts that both were timed with, on one kind of CPU."""
+    if old.latency.cpu != new.latency.cpu:
+        return None, None
+    known = {_case(row): row.engine for row in old.latency.rows}
+    both = [(known[_case(row)], row.engine) for row in new.latency.rows if _case(row) in known]
+    if not both or min(time for pair in both for time in (pair[0].p25_ms, pair[1].p25_ms)) <= 0:
+        return None, None
+    return (
+        _mean([after.median_ms / before.median_ms for before, after in both]),
+        _mean([after.p25_ms / before.p75_ms for before, after in both]),
+    )
+
+
+def _case(row: LatencyLine) -> tuple[object, ...]:
+    return (*sorted(row.sizes.items()), row.threads)
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+
+
+def _judged(found: Pair, limits: Worsening) -> Pair:
+    said = []
+    if limits.drop is not None and found.fall is not None and found.fall > limits.drop + _EXACT:
+        said.append(f"{_metric_name(found)} is worse by {found.fall:.4g}, allowed is {limits.drop:g}")
+    if limits.slowdown is not None and _is_slower(found, limits.slowdown):
+        said.append(f"a call takes {found.slower:.2f}x of the time, allowed is {1 + limits.slowdown:g}x")
+    if limits.growth is not None and found.larger is not None and found.larger > 1 + limits.growth:
+        said.append(f"it has {found.larger:.2f}x of the size, allowed is {1 + limits.growth:g}x")
+    return replace(found, regressions=tuple(said))
+
+
+def _is_slower(found: Pair, allowed: float) -> bool:
+    """The same files take the same time, whatever a clock says; and a clock that scatters says nothing."""
+    if found.same or found.slower is None or found.surely is None:
+        return False
+    return found.slower > 1 + allowed and found.surely > 1
+
+
+def _metric_name(found: Pair) -> str:
+    return found.after.parity.metric.name if found.after is not None else "the metric"
+
+
+def _digests(engine: Engine) -> dict[str, str]:
+    return {file.path: file.sha256 for file in engine.files}
+
+
+def _size(engine: Engine) -> int:
+    return sum(file.size_bytes for file in engine.files)
+
+
+def _numbers(engine: Engine | None) -> dict[str, JsonValue] | None:
+    if engine is None:
+        return None
+    return {
+        "scheme": engine.scheme,
+        "metric": engine.parity.metric.name,
+        "value": engine.parity.metric.engine,
+        "max_over_peak": _worst(engine),
+        "median_ms": [row.engine.median_ms for row in engine.latency.rows],
+        "size_bytes": _size(engine),
+    }
+
+
+def _worst(engine: Engine) -> float:
+    return max((one.max_over_peak for one in engine.parity.vs_eager), default=0.0)
+
+
+def row(found: Pair) -> list[str]:
+    """One line of the table of `COLUMNS`: the number before, the number after."""
+    old, new = found.before, found.after
+    if old is None or new is None:
+        there = new or old
+        form = there.scheme if there is not None else ""
+        state = "[green]new[/]" if old is None else "[red]gone[/]" if found.regressions else "[yellow]gone[/]"
+        return [found.target, form, "", "", "", "", state]
+    metric = old.parity.metric.name == new.parity.metric.name and new.parity.metric.name
+    verdict = "[green]same files[/]" if found.same else "[green]ok[/]"
+    return [
+        found.target,
+        _arrow(old.scheme, new.scheme),
+        _arrow(f"{old.parity.metric.engine:.4g}", f"{new.parity.metric.engine:.4g}") if metric else "another metric",
+        _arrow(f"{_worst(old):.2g}", f"{_worst(new):.2g}"),
+        _time(found, old, new),
+        _arrow(console.size(_size(old)), console.size(_size(new))),
+        "[red]regression[/]" if found.regressions else verdict,
+    ]
+
+
+def _time(found: Pair, old: Engine, new: Engine) -> str:
+    if not old.latency.rows or not new.latency.rows:
+        return "not measured"
+    if found.slower is None:
+        return "not comparable"
+    cases = {_case(line): line.engine.median_ms for line in old.latency.rows}
+    first = next(line for line in new.latency.rows if _case(line) in cases)
+    return f"{cases[_case(first)]:.3g} -> {first.engine.median_ms:.3g} ms ({found.slower:.2f}x)"
+
+
+def _arrow(before: str, after: str) -> str:
+    return before if before == after else f"{before} -> {after}"
