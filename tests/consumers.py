@@ -1,13 +1,14 @@
 """A release for the programs in examples/consumers, published for real: several engines, and outputs of two kinds."""
 
-import hashlib
-import json
 import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from pipeline import emulator, initial, release, run
+from pipeline import depots, initial, layout, manifest, release, run
 from pipeline.workspace import Workspace
 from tests import workspaces
 
@@ -92,13 +93,12 @@ TVM_ROW = """
 """
 
 
-def rows() -> str:
-    """Rows in TOML; one for Arm, if it can be emulated here."""
-    found = [ORT_ROW.format(name=ORT), ORT_ROW.format(name=BUCKETS) + "    buckets = { batch = [1, 3] }\n"]
-    found.append(TVM_ROW.format(machine="x86_64", arch="x86-64-v3"))
-    if emulator.absent() is None:
-        found.append(TVM_ROW.format(machine="aarch64", arch="cortex-a72"))
-    return "".join(found)
+ROWS = (
+    ORT_ROW.format(name=ORT)
+    + (ORT_ROW.format(name=BUCKETS) + "    buckets = { batch = [1, 3] }\n")
+    + TVM_ROW.format(machine="x86_64", arch="x86-64-v3")
+)
+ARM_ROWS = ORT_ROW.format(name=ORT) + TVM_ROW.format(machine="aarch64", arch="cortex-a72")
 
 
 def published(root: Path, *, rows: str, recipe: str = RECIPE, model: str = MODEL) -> Path:
@@ -123,39 +123,48 @@ def ran(*command: object, cwd: Path | None = None, env: dict[str, str] | None = 
 
 
 def shelved(release: Path, registry: Path, channel: str) -> None:
-    """Put one release folder into a fresh registry, as its version and as `channel`."""
-    manifest = json.loads((release / "manifest.json").read_text())
-    home = registry / manifest["recipe"]
-    (home / "blobs" / "sha256").mkdir(parents=True)
+    """Put a release into a registry, as its version and as `channel`."""
+    registry.mkdir(parents=True, exist_ok=True)
+    depot = depots.at(registry)
+    recipe = manifest.parse((release / manifest.FILE).read_text(), str(release)).recipe
+    layout.lay_out(release, depot)
 
-    def blob(content: bytes, media: str, **more: object) -> dict[str, object]:
-        name = hashlib.sha256(content).hexdigest()
-        (home / "blobs" / "sha256" / name).write_bytes(content)
-        return {"mediaType": media, "digest": f"sha256:{name}", "size": len(content), **more}
+    def assigned(index: layout.Index) -> layout.Index:
+        newest = [*index.releases().values()][-1]
+        more = {layout.NAME: channel, layout.OF_CHANNEL: channel}
+        return layout.Index(recipe, (*index.entries, newest | {"annotations": layout.notes(newest) | more}))
 
-    def part(names: list[str], kind: str, annotations: dict[str, str]) -> dict[str, object]:
-        layers = [
-            blob(
-                (release / name).read_bytes(),
-                "application/octet-stream",
-                annotations={"org.opencontainers.image.title": name},
-            )
-            for name in names
-        ]
-        text = json.dumps({"schemaVersion": 2, "artifactType": kind, "layers": layers})
-        return blob(text.encode(), "application/vnd.oci.image.manifest.v1+json", annotations=annotations)
+    layout.change(depot, recipe, assigned)
 
-    common = ["manifest.json", "golden.safetensors"]
-    parts = [part(common, "application/vnd.exportyard.release.v1", {"dev.exportyard.part": "release"})]
-    for target, engine in manifest["engines"].items():
-        files = [file["path"] for file in engine["files"]]
-        parts.append(part(common + files, "application/vnd.exportyard.engine.v1", {"dev.exportyard.target": target}))
-    whole = json.dumps({"schemaVersion": 2, "manifests": parts}).encode()
-    kind = {"artifactType": "application/vnd.exportyard.release.v1"}
-    version = {"dev.exportyard.version": manifest["version"]}
-    notes = [
-        {"org.opencontainers.image.ref.name": f"v{manifest['version']}", **version},
-        {"org.opencontainers.image.ref.name": channel, "dev.exportyard.channel": channel, **version},
-    ]
-    entries = [blob(whole, "application/vnd.oci.image.index.v1+json", annotations=note, **kind) for note in notes]
-    (home / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": entries}))
+
+def package(name: str) -> Path:
+    """The folder of an installed package."""
+    found = find_spec(name)
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    return Path(found.submodule_search_locations[0])
+
+
+ZIG = (sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-gnu.2.28", "-s")
+"""Compiles for 64-bit Arm; TVM's libraries need some of a C library that is there on the device only."""
+
+
+def ort_run(compiler: Sequence[str], out: Path) -> Path:
+    """The C++ consumer for ONNX Runtime, compiled."""
+    source = EXAMPLES / "cpp_onnxruntime" / "ort_run.cc"
+    subprocess.run([*compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", source, "-o", out, "-ldl"], check=True)
+    return out
+
+
+def tvm_run(compiler: Sequence[str], libraries: Sequence[Path], out: Path) -> Path:
+    """The C++ consumer for TVM, compiled and linked with the libraries in these folders."""
+    source = EXAMPLES / "tvm_cpp" / "tvm_run.cc"
+    command = [*compiler, "-std=c++17", "-O1", f"-I{package('tvm_ffi') / 'include'}", source, "-o", out]
+    places = [f"-L{folder}" for folder in libraries]
+    subprocess.run([*command, *places, "-Wl,--no-as-needed", "-ltvm_ffi", "-ltvm_runtime"], check=True)
+    return out
+
+
+def tvm_libraries() -> list[Path]:
+    """The folders with TVM's libraries for this host."""
+    return [package("tvm_ffi") / "lib", package("tvm") / "lib"]
