@@ -23,7 +23,6 @@ from pipeline.types import Target
 
 INDEX = "index.json"
 PULLER = "exportyard-pull.py"
-BESIDE = ("provenance.json", "sbom.json", "signature.json")
 
 IMAGE_INDEX = "application/vnd.oci.image.index.v1+json"
 IMAGE_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -173,7 +172,7 @@ def _blobs(release: Path, content: Manifest) -> tuple[list[Layer], Layer, dict[s
 def _common(release: Path, content: Manifest) -> list[Layer]:
     """What every target needs: the manifest, the golden vectors, and what is said about the manifest."""
     found = [_small(release, manifest.FILE), _layer(release, content.golden.file)]
-    return found + [_small(release, name) for name in BESIDE if (release / name).is_file()]
+    return found + [_small(release, name) for name in content.beside]
 
 
 def _small(release: Path, name: str) -> Layer:

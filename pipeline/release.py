@@ -6,13 +6,27 @@ import contextlib
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import JsonValue
 
-from pipeline import attest, candidates, digest, failures, git, manifest, recipes, record, registry, store, tags, trust
+from pipeline import (
+    attest,
+    candidates,
+    digest,
+    failures,
+    git,
+    manifest,
+    mirror,
+    recipes,
+    record,
+    registry,
+    store,
+    tags,
+    trust,
+)
 from pipeline.errors import ReleaseError
 from pipeline.job import STATIC_SCHEMES, Job
 from pipeline.manifest import Manifest
@@ -27,12 +41,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Published:
-    """A release that was made; or, when `fresh` is False, the one that is there already and has the same content."""
+    """A release that was made; or, when `fresh` is False, the one that is there already and has the same content.
+
+    Attributes:
+        registry: the static registry that holds it, too; None if the workspace has none.
+    """
 
     version: str
     tag: str
     manifest: Path
     fresh: bool
+    registry: str | None = None
 
 
 def publish(job: Job, verdicts: Sequence[Verdict], bump: Bump = "patch", *, allow_dirty: bool = False) -> Published:
@@ -41,7 +60,14 @@ def publish(job: Job, verdicts: Sequence[Verdict], bump: Bump = "patch", *, allo
     Raises:
         ReleaseError: a target that is required did not pass, none passed, the recipe's code isn't committed, or git or
             DVC refused.
+        UnavailableError: it is published, but the workspace's static registry can't be written.
     """
+    made = _recorded(job, verdicts, bump, allow_dirty=allow_dirty)
+    return replace(made, registry=mirror.after_publish(job.workspace.root, job.recipe.name, made.version))
+
+
+def _recorded(job: Job, verdicts: Sequence[Verdict], bump: Bump, *, allow_dirty: bool) -> Published:
+    """Publish in git and DVC."""
     chosen = _chosen(verdicts, job.recipe.require)
     skipped = {found.target.name: f"{found.status}: {found.reason}" for found in verdicts if found.status != "passed"}
     root, recipe = job.workspace.root, job.recipe.name

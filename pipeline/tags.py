@@ -2,6 +2,7 @@
 
 A workspace in a subfolder of its git repository puts the folder in front, as GTO does: ``edge/models=digits@v1.0.0``.
 ``<recipe>@v1.0.0!`` withdraws a version: it is no longer the latest, and its number stays taken.
+``<recipe>#prod#3`` lets a channel point to the version at that commit; ``<recipe>#prod!#4`` takes that back.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ _SEMVER = re.compile(
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?")
 _TAG = re.compile(
     r"(?:(?P<folder>[A-Za-z0-9_./-]+)=)?(?P<recipe>[^@=#]+)@v(?P<version>[^@=#!]+)(?P<withdrawn>!?)(?:#[0-9]+)?"
+)
+_STAGE = re.compile(
+    r"(?:(?P<folder>[A-Za-z0-9_./-]+)=)?(?P<recipe>[^@=#]+)#(?P<stage>[^@=#!]+)(?P<taken_out>!?)#(?P<number>[0-9]+)"
 )
 
 
@@ -67,6 +71,21 @@ class Tag:
         return f"{front}{self.recipe}@v{self.version}{'!' if self.withdrawn else ''}"
 
 
+@dataclass(frozen=True)
+class StageTag:
+    """What a tag about a channel says; GTO calls these stages. `number` counts all of a recipe's."""
+
+    recipe: str
+    stage: str
+    number: int
+    folder: str = ""
+    taken_out: bool = False
+
+    def __str__(self) -> str:
+        front = f"{self.folder}=" if self.folder else ""
+        return f"{front}{self.recipe}#{self.stage}{'!' if self.taken_out else ''}#{self.number}"
+
+
 def parse(text: str) -> Version:
     """The version that a user wrote, with or without ``v``.
 
@@ -92,6 +111,16 @@ def parse_tag(text: str) -> Tag | None:
     if version is None:
         return None
     return Tag(found["recipe"], _version(version), found["folder"] or "", bool(found["withdrawn"]))
+
+
+def parse_stage(text: str) -> StageTag | None:
+    """What a git tag says about a channel, or None for any other tag."""
+    found = _STAGE.fullmatch(text)
+    if found is None or _NAME.fullmatch(found["recipe"]) is None:
+        return None
+    return StageTag(
+        found["recipe"], found["stage"], int(found["number"]), found["folder"] or "", bool(found["taken_out"])
+    )
 
 
 def check_name(recipe: str) -> None:

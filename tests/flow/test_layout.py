@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import depot_bucket, depots, layout
+from pipeline import depot_bucket, depots, layout, manifest
 from pipeline.errors import ReleaseError, UnavailableError, UsageError
 from tests import extras
 from tests.releases import TARGETS, run, write_release
@@ -90,12 +90,16 @@ def test_another_release_of_the_same_number_is_refused(depot, tmp_path):
     assert depot.read("toy/index.json") == before
 
 
-def test_what_is_said_about_a_release_may_be_added(depot, tmp_path):
+def test_what_is_said_about_a_release_may_change(depot, tmp_path):
     folder = release(tmp_path / "release")
-    layout.lay_out(folder, depot)
-    (folder / "sbom.json").write_text("{}")
-    assert layout.lay_out(folder, depot).changed
-    assert read(depot)["1.0.0"]["sbom.json"] == b"{}"
+    path = folder / "manifest.json"
+    path.write_text(manifest.parse(path.read_text(), "").model_copy(update={"beside": ("sbom.json",)}).text())
+    with pytest.raises(ReleaseError, match=r"can't read `.*sbom\.json`"):
+        layout.lay_out(folder, depot)
+    for said in ("{}", '{"more": 1}'):
+        (folder / "sbom.json").write_text(said)
+        assert layout.lay_out(folder, depot).changed
+        assert read(depot)["1.0.0"]["sbom.json"] == said.encode()
 
 
 def test_a_withdrawn_release_says_so(depot, tmp_path):
