@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import manifest, puller, trust
+from pipeline import cli, manifest, puller, trust
 from tests.registries import assign, blobs, publish, read_state, release, serving, sign
 from tests.releases import TARGETS
 
@@ -869,3 +869,37 @@ def test_interrupted(shelf, tmp_path):
 
 def test_no_thread_is_left():
     assert [thread for thread in threading.enumerate() if thread.name == puller.AGENT] == []
+
+
+# --- `exportyard pull` ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_takes_a_registry(shelf, tmp_path, capsys, key):
+    here, arguments = (
+        str(tmp_path / "here"),
+        ["pull", "toy#prod", "--key", str(pub(key)), "--to", str(tmp_path / "here")],
+    )
+    with serving(shelf / "registry") as server:
+        assert cli.invoke([*arguments, "--from", server.url, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["tag"], found["channel"], found["signed"]) == ("toy@v1.0.0", "prod", True)
+        assert cli.invoke(["pull", "toy", "--from", str(shelf / "registry"), "--to", here, "-t", "auto"]) == 0
+        assert "toy@v1.1.0 in" in capsys.readouterr().out
+        assert cli.invoke(["pull", "toy", "--to", here, "--back"]) == 0
+        assert "toy@v1.0.0 in" in capsys.readouterr().out
+        assert cli.invoke(["pull", "toy@9.9.9", "--from", server.url, "--to", here]) == 2
+        assert "unknown version `9.9.9`" in capsys.readouterr().err
+        server.faults, server.kinds = 1.0, ("404",)
+        assert cli.invoke(["pull", "toy#prod", "--from", server.url, "--to", here]) == 2
+        assert "are for a static registry" in capsys.readouterr().err
+
+
+def test_the_command_loads_neither_torch_nor_dvc(shelf, tmp_path):
+    script = f"""
+import sys
+from pipeline import cli
+assert cli.invoke(["pull", "toy", "--from", {str(shelf / "registry")!r}, "--to", "here"]) == 0
+print([name for name in ("torch", "dvc", "numpy", "onnx", "onnxruntime", "git") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
