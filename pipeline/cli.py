@@ -27,11 +27,9 @@ from pipeline.job import Job
 from pipeline.types import Recipe
 
 if TYPE_CHECKING:
-    from pipeline.puller import Wish
-
-if TYPE_CHECKING:
     from pipeline.channels import Promoted
     from pipeline.depot import Depot
+    from pipeline.puller import Wish
 
 app = typer.Typer(
     name="exportyard",
