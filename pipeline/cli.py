@@ -29,6 +29,7 @@ from pipeline.types import Recipe
 if TYPE_CHECKING:
     from pipeline.channels import Promoted
     from pipeline.depot import Depot
+    from pipeline.puller import Wish
 
 app = typer.Typer(
     name="exportyard",
@@ -320,67 +321,65 @@ def releases(recipe: RecipeName, root: Folder = HERE, as_json: AsJson = False) -
 
 
 @app.command()
-def diff(
-    recipe: RecipeName,
-    before: Annotated[str, typer.Argument(metavar="V1", help="A version, such as 1.0.0.")],
-    after: Annotated[str, typer.Argument(metavar="V2", help="The version to compare with it.")],
-    root: Folder = HERE,
-    as_json: AsJson = False,
-) -> None:
-    """Compare two releases target by target, say what was changed, and judge it by the recipe's [regression]."""
-    from pipeline import difference, registry
-
-    where = workspace.find(root)
-    own = where.recipe(recipe)
-    one, other = (registry.manifest_of(where.root, recipe, version) for version in (before, after))
-    code = registry.changed_files(where.root, recipe, one.source.commit, other.source.commit)
-    higher = own.evaluation.higher_is_better
-    found = difference.between(one, other, own.regression, higher_is_better=higher, code=code)
-    if as_json:
-        print(json.dumps(found.plain(), indent=2))
-        return
-    changes = [(change, "") for change in found.changes]
-    changes += [(change, pair.target) for pair in found.pairs for change in pair.changes]
-    rows = [
-        [escape(change.what), target, escape(change.before or "-"), escape(change.after or "-")]
-        for change, target in changes
-    ]
-    console.table(["changed", "of", one.version, other.version], rows)
-    if not rows:
-        print("nothing that went into them differs")
-    print()
-    console.table(difference.COLUMNS, [difference.row(pair) for pair in found.pairs])
-    for text in found.regressions:
-        print(f"regression: {text}")
-    print(f"verdict: {found.verdict()}")
-
-
-@app.command()
 def pull(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE[@VERSION]", help="The newest version if none is given.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE[@VERSION|#CHANNEL]", help="The newest version if none is given.")
+    ],
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to put the release.")],
-    target: Targets = None,
+    target: Annotated[
+        Optional[list[str]],  # noqa: UP045  see above
+        typer.Option("--target", "-t", metavar="T|auto", help="Whose engines; `auto`: the best one for this machine."),
+    ] = None,
     source: Annotated[
         Optional[str],  # noqa: UP045  see above
-        typer.Option("--from", metavar="DIR|URL", help="A workspace or a git address (default: this workspace)."),
+        typer.Option("--from", metavar="DIR|URL", help="A registry (a folder, http(s):// or s3://), workspace or git."),
     ] = None,
     key: PublicKey = None,
+    backend: Annotated[
+        Optional[list[str]],  # noqa: UP045  see above
+        typer.Option("--backend", metavar="B", help="`auto` chooses among engines of B only; may be repeated."),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Run the golden vectors before it is installed.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on, and update when what is asked for moves.")] = False,
+    every: Annotated[float, typer.Option("--every", metavar="S", min=0.01, help="Seconds between two looks.")] = 60.0,
+    back: Annotated[bool, typer.Option("--back", help="Bring back the version that was there before.")] = False,
     root: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Download a release, or some of its targets, and verify every byte."""
-    from pipeline import trust
+    from pipeline import download, puller, trust
+
+    wanted = download.wish(source or "", recipe, to, target, backend, trust.public_key(key), check=check)
+
+    def tell(pulled: puller.Pulled) -> None:
+        found = {"tag": f"{pulled.recipe}@v{pulled.version}", **puller.plain(pulled)}
+        print(json.dumps(found, indent=None if watch else 2) if as_json else puller.words(pulled), flush=True)
+
+    if back:
+        tell(download.back(wanted))
+    elif source is not None and download.is_registry(wanted):
+        download.watch(wanted, every, tell) if watch else tell(download.pull(wanted))
+    elif wanted.channel or backend or check or watch or "auto" in (target or ()):
+        raise UsageError(
+            f"channels, `auto`, `--check` and `--watch` are for a static registry; `{source or root}` is none "
+            f"that has `{wanted.recipe}`",
+            hint="`--from URL|DIR|s3://...`: `<registry>/<recipe>/index.json` must be there",
+        )
+    else:
+        _pull_by_git(wanted, source if source is not None else str(workspace.find(root).root), as_json=as_json)
+
+
+def _pull_by_git(wanted: Wish, where: str, *, as_json: bool) -> None:
     from pipeline.pull import fetch
 
-    name, _, version = recipe.partition("@")
-    where = source if source is not None else str(workspace.find(root).root)
-    pulled = fetch(where, name, version or None, target, to, trust.public_key(key))
+    pulled = fetch(where, wanted.recipe, wanted.version or None, wanted.targets or None, wanted.to, wanted.key)
     if as_json:
         found = {"tag": pulled.tag, "folder": str(pulled.folder), "targets": pulled.targets, "changed": pulled.changed}
         print(json.dumps(found, indent=2))
         return
     state = "" if pulled.changed else " was there already"
-    print(f"{pulled.tag} in {to}{state}: {', '.join(pulled.targets)} ({console.size(pulled.size_bytes)}, all verified)")
+    size = console.size(pulled.size_bytes)
+    print(f"{pulled.tag} in {wanted.to}{state}: {', '.join(pulled.targets)} ({size}, all verified)")
 
 
 @app.command()

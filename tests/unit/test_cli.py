@@ -19,7 +19,10 @@ SURFACE = {
     "quantize": {"--target", "-t", "--explain", "-C", "--json"},
     "publish": {"--checkpoint", "--target", "-t", "--bump", "--jobs", "-j", "--allow-dirty", "-C", "--json"},
     "releases": {"-C", "--json"},
-    "pull": {"--to", "--from", "--key", "--target", "-t", "-C", "--json"},
+    "pull": {
+        *("--to", "--from", "--key", "--target", "-t", "--backend", "--check"),
+        *("--watch", "--every", "--back", "-C", "--json"),
+    },
     "mirror": {"--all", "--verify", "--registry", "-C", "--json"},
     "promote": {"--registry", "-C", "--json"},
     "rollback": {"--registry", "-C", "--json"},
