@@ -321,6 +321,42 @@ def releases(recipe: RecipeName, root: Folder = HERE, as_json: AsJson = False) -
 
 
 @app.command()
+def diff(
+    recipe: RecipeName,
+    before: Annotated[str, typer.Argument(metavar="V1", help="A version, such as 1.0.0.")],
+    after: Annotated[str, typer.Argument(metavar="V2", help="The version to compare with it.")],
+    root: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two releases target by target, say what was changed, and judge it by the recipe's [regression]."""
+    from pipeline import difference, registry
+
+    where = workspace.find(root)
+    own = where.recipe(recipe)
+    one, other = (registry.manifest_of(where.root, recipe, version) for version in (before, after))
+    code = registry.changed_files(where.root, recipe, one.source.commit, other.source.commit)
+    higher = own.evaluation.higher_is_better
+    found = difference.between(one, other, own.regression, higher_is_better=higher, code=code)
+    if as_json:
+        print(json.dumps(found.plain(), indent=2))
+        return
+    changes = [(change, "") for change in found.changes]
+    changes += [(change, pair.target) for pair in found.pairs for change in pair.changes]
+    rows = [
+        [escape(change.what), target, escape(change.before or "-"), escape(change.after or "-")]
+        for change, target in changes
+    ]
+    console.table(["changed", "of", one.version, other.version], rows)
+    if not rows:
+        print("nothing that went into them differs")
+    print()
+    console.table(difference.COLUMNS, [difference.row(pair) for pair in found.pairs])
+    for text in found.regressions:
+        print(f"regression: {text}")
+    print(f"verdict: {found.verdict()}")
+
+
+@app.command()
 def pull(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE[@VERSION|#CHANNEL]", help="The newest version if none is given.")
@@ -773,7 +809,7 @@ def keygen(
 
     public = trust.keygen(file)
     print(f"made `{file}` (keep it secret, and out of git) and `{public}` (give it to devices)")
-    console.say(f"next: `export {trust.SIGNING_KEY}={file.absolute()}`, then publish")
+    console.say(f"next: `export {trust.SIGNING_KEY}={file.resolve()}`, then publish")
 
 
 def invoke(arguments: list[str]) -> int:
