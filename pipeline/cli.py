@@ -286,6 +286,9 @@ def publish(
     bump: Annotated[Bump, typer.Option("--bump", help="Which number of the version to raise.")] = "patch",
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Targets to build at the same time.")] = 1,
     allow_dirty: Annotated[bool, typer.Option("--allow-dirty", help="Release code that isn't committed.")] = False,
+    allow_regression: Annotated[
+        bool, typer.Option("--allow-regression", help="Release what is worse than [regression] in recipe.toml admits.")
+    ] = False,
     root: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
@@ -294,7 +297,7 @@ def publish(
 
     with _exported(root, recipe, checkpoint, target, jobs) as (job, verdicts):
         _again(job, verdicts)
-        published = release.publish(job, verdicts, bump, allow_dirty=allow_dirty)
+        published = release.publish(job, verdicts, bump, allow_dirty=allow_dirty, allow_regression=allow_regression)
         if as_json:
             print(json.dumps({"version": published.version, "tag": published.tag, "fresh": published.fresh}))
         elif published.fresh:

@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from pipeline import (
     attest,
     candidates,
+    difference,
     digest,
     failures,
     git,
@@ -54,19 +55,28 @@ class Published:
     registry: str | None = None
 
 
-def publish(job: Job, verdicts: Sequence[Verdict], bump: Bump = "patch", *, allow_dirty: bool = False) -> Published:
+def publish(
+    job: Job,
+    verdicts: Sequence[Verdict],
+    bump: Bump = "patch",
+    *,
+    allow_dirty: bool = False,
+    allow_regression: bool = False,
+) -> Published:
     """Publish the engines that were chosen, all or nothing; a release like the newest one is not made again.
 
     Raises:
-        ReleaseError: a target that is required did not pass, none passed, the recipe's code isn't committed, or git or
-            DVC refused.
+        ReleaseError: a target that is required did not pass, none passed, the recipe's code isn't committed, it
+            is worse than the newest release by more than the recipe admits, or git or DVC refused.
         UnavailableError: it is published, but the workspace's static registry can't be written.
     """
-    made = _recorded(job, verdicts, bump, allow_dirty=allow_dirty)
+    made = _recorded(job, verdicts, bump, allow_dirty=allow_dirty, allow_regression=allow_regression)
     return replace(made, registry=mirror.after_publish(job.workspace.root, job.recipe.name, made.version))
 
 
-def _recorded(job: Job, verdicts: Sequence[Verdict], bump: Bump, *, allow_dirty: bool) -> Published:
+def _recorded(
+    job: Job, verdicts: Sequence[Verdict], bump: Bump, *, allow_dirty: bool, allow_regression: bool
+) -> Published:
     """Publish in git and DVC."""
     chosen = _chosen(verdicts, job.recipe.require)
     skipped = {found.target.name: f"{found.status}: {found.reason}" for found in verdicts if found.status != "passed"}
@@ -91,9 +101,33 @@ def _recorded(job: Job, verdicts: Sequence[Verdict], bump: Bump, *, allow_dirty:
             }
             made = _lay_out(job, chosen, skipped, tried, version, git.head(root), dirty=bool(dirty))
             path = made.stored.file(manifest.FILE)
+            accepted = _regressions(job, existing, path)
+            if accepted and not allow_regression:
+                raise _refused(version, accepted)
             message = "\n".join(f"{item.target.name}: {item.scheme}" for item in chosen)
+            message += "".join(f"\naccepted regression: {text}" for text in accepted)
             done = record.record(turn, steps(job, chosen), recipe, path.read_text(), version, message)
         return Published(version, done.tag, path, fresh=True)
+
+
+def _regressions(job: Job, existing: Sequence[registry.Release], path: Path) -> list[str]:
+    """What the manifest in `path` loses against the newest release, beyond what the recipe admits."""
+    made = manifest.parse(path.read_text(), str(path))
+    standing = [release for release in existing if not release.withdrawn and not release.version.label]
+    before = standing[0].manifest if standing else None
+    if before is None:
+        return []
+    higher = job.recipe.evaluation.higher_is_better
+    return difference.between(before, made, job.recipe.regression, higher_is_better=higher).regressions
+
+
+def _refused(version: str, regressions: Sequence[str]) -> ReleaseError:
+    lines = "\n".join(f"  {text}" for text in regressions[:5])
+    more = f"\n  and {len(regressions) - 5} more" if len(regressions) > 5 else ""
+    return ReleaseError(
+        f"nothing is published: {version} would be worse than the release before\n{lines}{more}",
+        hint="`--allow-regression` publishes it all the same; [regression] in recipe.toml says how much is admitted",
+    )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,10 @@ SURFACE = {
     "export": {"--checkpoint", "--target", "-t", "--jobs", "-j", "-C", "--json"},
     "parity": {"--target", "-t", "-C", "--json"},
     "quantize": {"--target", "-t", "--explain", "-C", "--json"},
-    "publish": {"--checkpoint", "--target", "-t", "--bump", "--jobs", "-j", "--allow-dirty", "-C", "--json"},
+    "publish": {
+        *("--checkpoint", "--target", "-t", "--bump", "--jobs", "-j", "--allow-dirty", "--allow-regression"),
+        *("-C", "--json"),
+    },
     "releases": {"-C", "--json"},
     "pull": {
         *("--to", "--from", "--key", "--target", "-t", "--backend", "--check"),
