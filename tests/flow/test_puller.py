@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli, manifest, puller, trust
+from tests import extras
 from tests.registries import assign, blobs, publish, read_state, release, serving, sign
 from tests.releases import TARGETS
 
@@ -743,6 +744,123 @@ def test_engines_that_can_not_be_checked_are_not_installed(shelf, tmp_path):
     assert not (tmp_path / "here").exists()
 
 
+@pytest.fixture(scope="module")
+def doubling(tmp_path_factory):
+    """A registry with an engine of ONNX Runtime, and one with two buckets, whose output is twice the input."""
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper
+    from safetensors.numpy import save_file
+
+    base = tmp_path_factory.mktemp("doubling")
+    folder = base / "release"
+    feeds = {case: np.linspace(-1, 1, 3 * size, dtype=np.float32).reshape(size, 3) for case, size in SIZES.items()}
+    folder.mkdir()
+    tensors = {f"{case}/in/x": array for case, array in feeds.items()}
+    tensors |= {f"{case}/out/y": 2 * array for case, array in feeds.items()}
+    save_file(tensors, folder / "golden.safetensors")
+    for name, size in (("any-onnxruntime", "batch"), ("any-buckets/batch2", 2), ("any-buckets/batch8", 8)):
+        x, y = (helper.make_tensor_value_info(one, TensorProto.FLOAT, [size, 3]) for one in "xy")
+        graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "double", [x], [y])
+        path = folder / "engines" / name / "model.onnx"
+        path.parent.mkdir(parents=True)
+        model = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 20)])
+        onnx.save(model, path)
+    write_doubling(folder, "1.0.0")
+    publish(base / "registry", folder)
+    return base
+
+
+SIZES = {"min": 1, "odd": 5, "opt": 8}
+
+
+def write_doubling(folder: Path, version: str, **bounds) -> None:
+    """The manifest of what is in `folder`; `bounds` are those of the golden vectors."""
+    from pipeline import store
+    from pipeline.manifest import Bucket, Golden, ReleaseFile, Selector
+    from pipeline.types import Axis, Signature, TensorSpec, Tolerance
+    from tests.releases import manifest_of, target
+
+    (folder / "manifest.json").unlink(missing_ok=True)
+    facts = store.describe(folder)
+    stand_ins = {f"engines/{name}/model.bin": facts["golden.safetensors"] for name in TARGETS}
+    made = manifest_of(facts | stand_ins, version)
+    specs = [TensorSpec(name=name, dtype="float32", shape=("batch", 3)) for name in "xy"]
+    axes = {"batch": Axis(min=1, opt=8, max=8)}
+    engines = {}
+    for name in ("any-onnxruntime", "any-buckets"):
+        files = tuple(
+            ReleaseFile(path=path, **facts[path].model_dump())
+            for path in sorted(facts)
+            if path.startswith(f"engines/{name}/")
+        )
+        parts = tuple(
+            Bucket(sizes={"batch": size}, files=(f"engines/{name}/batch{size}/model.onnx",)) for size in (2, 8)
+        )
+        engines[name] = made.engines["any-echo"].model_copy(
+            update={
+                "target": target(name).model_copy(update={"backend": "onnxruntime"}),
+                "files": files,
+                "golden": {"y": Tolerance(**bounds or {"max_abs": 0})},
+                "selector": Selector(axes=axes, buckets=parts) if name == "any-buckets" else None,
+            }
+        )
+    file = ReleaseFile(path="golden.safetensors", **facts["golden.safetensors"].model_dump())
+    golden = Golden(file=file, cases={case: {"batch": size} for case, size in SIZES.items()})
+    signature = Signature(inputs=specs[:1], outputs=specs[1:], axes=axes)
+    update = {"engines": engines, "golden": golden, "signature": signature}
+    (folder / "manifest.json").write_text(made.model_copy(update=update).text())
+
+
+def test_the_golden_vectors_are_run(doubling, tmp_path, capsys):
+    arguments = ["toy", "--from", str(doubling / "registry"), "--to", str(tmp_path / "here"), "--check"]
+    assert puller.main(arguments) == 0
+    said = capsys.readouterr().err
+    for name in ("any-onnxruntime", "any-buckets"):
+        assert f"checked: {name} reproduces 3 golden cases (largest difference 0)" in said
+    assert puller.main([*arguments, "-q"]) == 0  # also if it is there already
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "message"),
+    [
+        ("numbers", 11, r"`any-\w+`, min: `y` differs by 2, allowed are 0; nothing was installed"),
+        ("engine", 11, r"`any-\w+` does not run on this device, nothing was installed: "),
+        ("bound", 11, r"this puller does not know the bound `cosine`"),
+    ],
+)
+def test_an_engine_that_answers_something_else_is_not_installed(doubling, tmp_path, spoil, code, message):
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(doubling, tmp_path / "doubling")
+    folder = tmp_path / "doubling/release"
+    if spoil == "numbers":
+        tensors = load_file(folder / "golden.safetensors")
+        tensors["min/out/y"] = tensors["min/out/y"] + np.float32(2)
+        save_file(tensors, folder / "golden.safetensors")
+    if spoil == "engine":
+        for path in folder.glob("engines/**/model.onnx"):
+            path.write_bytes(b"no model")
+    write_doubling(folder, "1.1.0", **({"cosine": 0.9} if spoil == "bound" else {}))
+    publish(tmp_path / "doubling/registry", folder)
+    here = tmp_path / "here"
+    pull(tmp_path / "doubling/registry", here, "toy@1.0.0", check=True)
+    with pytest.raises(puller.ParityError, match=message) as caught:
+        pull(tmp_path / "doubling/registry", here, check=True)
+    assert caught.value.exit_code == code
+    assert content(here) == content(doubling / "release")
+    assert pull(tmp_path / "doubling/registry", here).version == "1.1.0"
+
+
+def test_a_device_without_onnxruntime(doubling, tmp_path):
+    run = command(doubling / "registry", tmp_path / "here", "--check")
+    done = subprocess.run([run[0], "-I", "-S", *run[2:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 10
+    assert "the package `numpy` is not installed" in done.stderr
+    assert not (tmp_path / "here").exists()
+
+
 # --- the bucket ----------------------------------------------------------------------------------------------------
 
 
@@ -779,6 +897,37 @@ def test_a_bucket(shelf, tmp_path, monkeypatch):
         assert last["authorization"].startswith("AWS4-HMAC-SHA256 Credential=me/")
         assert last["x-amz-security-token"] == "token"
     assert content(tmp_path / "here") == content(shelf / "1.1.0")
+
+
+def test_a_bucket_of_moto(shelf, tmp_path, monkeypatch):
+    """A server of S3 that isn't ours, with an index that only a signed request may read."""
+    extras.need("s3fs", "s3")
+    extras.need("moto", "s3-tests")
+    from moto.server import ThreadedMotoServer
+
+    for name, value in (("ACCESS_KEY_ID", "me"), ("SECRET_ACCESS_KEY", "word"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        import fsspec
+
+        files = fsspec.filesystem("s3", skip_instance_cache=True)
+        files.mkdir("models")
+        files.put(f"{shelf}/registry", "models/edge", recursive=True)
+        assert pull("s3://models/edge", tmp_path / "here").version == "1.1.0"
+        assert content(tmp_path / "here") == content(shelf / "1.1.0")
+        with pytest.raises(puller.UsageError, match="there is no `other`"):
+            pull("s3://models/edge", tmp_path / "here", "other")
+        # half a blob is here
+        blob = blobs(shelf / "registry", shelf / "1.1.0")["engines/any-echo/model.bin"]
+        (tmp_path / ".there.partial").mkdir()
+        (tmp_path / ".there.partial" / blob.name).write_bytes(blob.read_bytes()[:9])
+        assert pull("s3://models/edge", tmp_path / "there").changed
+    finally:
+        server.stop()
 
 
 # --- following a channel -------------------------------------------------------------------------------------------
