@@ -343,13 +343,9 @@ def diff(
     if as_json:
         print(json.dumps(found.plain(), indent=2))
         return
-    changes = [(change, "") for change in found.changes]
-    changes += [(change, pair.target) for pair in found.pairs for change in pair.changes]
-    rows = [
-        [escape(change.what), target, escape(change.before or "-"), escape(change.after or "-")]
-        for change, target in changes
-    ]
-    console.table(["changed", "of", one.version, other.version], rows)
+    rows = [difference.change_row(change, "") for change in found.changes]
+    rows += [difference.change_row(change, pair.target) for pair in found.pairs for change in pair.changes]
+    console.table(["changed", "of", one.version, other.version], [[escape(cell) for cell in row] for row in rows])
     if not rows:
         print("nothing that went into them differs")
     print()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,9 +12,10 @@ from pydantic import JsonValue
 
 from pipeline import console
 from pipeline.manifest import Engine, LatencyLine, Manifest
-from pipeline.types import Regression, Worsening
+from pipeline.types import Regression, Timing, Worsening
 
 COLUMNS = ["target", "form", "metric", "worst error", "time", "size", "verdict"]
+_SHA256 = re.compile(r"\b([0-9a-f]{10})[0-9a-f]{54}\b")
 _EXACT = 1e-12  # two numbers that were computed in another order may differ by this
 
 
@@ -89,9 +91,8 @@ class Difference:
         """All of it in one line."""
         if not self.judged:
             return "not judged: the recipe has no [regression] in recipe.toml"
-        count = len(self.regressions)
         name = f"{self.after.recipe}@{self.after.version}"
-        return f"{name} goes beyond the recipe's policy in {count} points" if count else f"{name} is within the policy"
+        return f"{name} is {'a regression' if self.regressions else 'within the policy'}"
 
     def plain(self) -> dict[str, JsonValue]:
         """This as plain JSON data."""
@@ -188,12 +189,9 @@ def _row(engine: Engine) -> dict[str, Any]:
 
 
 def _times(old: Engine, new: Engine) -> tuple[float | None, float | None]:
-    """Geometric means of the ratios over all sizes and thread counts that both were timed with, on one kind of CPU."""
-    if old.latency.cpu != new.latency.cpu:
-        return None, None
-    known = {_case(row): row.engine for row in old.latency.rows}
-    both = [(known[_case(row)], row.engine) for row in new.latency.rows if _case(row) in known]
-    if not both or min(time for pair in both for time in (pair[0].p25_ms, pair[1].p25_ms)) <= 0:
+    """Geometric means of the ratios of `_both`: of the medians, and of the quartiles that are nearest to each other."""
+    both = _both(old, new)
+    if not both or min(time.p25_ms for pair in both for time in pair) <= 0:
         return None, None
     return (
         _mean([after.median_ms / before.median_ms for before, after in both]),
@@ -201,12 +199,21 @@ def _times(old: Engine, new: Engine) -> tuple[float | None, float | None]:
     )
 
 
+def _both(old: Engine, new: Engine) -> list[tuple[Timing, Timing]]:
+    """The times that were taken of both engines at the same sizes and threads, on one kind of CPU."""
+    if old.latency.cpu != new.latency.cpu:
+        return []
+    known = {_case(row): row.engine for row in old.latency.rows}
+    return [(known[_case(row)], row.engine) for row in new.latency.rows if _case(row) in known]
+
+
 def _case(row: LatencyLine) -> tuple[object, ...]:
     return (*sorted(row.sizes.items()), row.threads)
 
 
-def _mean(ratios: Sequence[float]) -> float:
-    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+def _mean(numbers: Sequence[float]) -> float:
+    """Geometric: twice as fast at one size makes up for half as fast at another."""
+    return math.exp(math.fsum(map(math.log, numbers)) / len(numbers))
 
 
 def _judged(found: Pair, limits: Worsening) -> Pair:
@@ -256,6 +263,12 @@ def _worst(engine: Engine) -> float:
     return max((one.max_over_peak for one in engine.parity.vs_eager), default=0.0)
 
 
+def change_row(found: Change, target: str) -> list[str]:
+    """One line of the table of changes; `target` is empty where it is about all of them. Digests are shortened."""
+    sides = ("-" if side is None else _SHA256.sub(r"\1", side) for side in (found.before, found.after))
+    return [found.what, target, *sides]
+
+
 def row(found: Pair) -> list[str]:
     """One line of the table of `COLUMNS`: the number before, the number after."""
     old, new = found.before, found.after
@@ -280,11 +293,11 @@ def row(found: Pair) -> list[str]:
 def _time(found: Pair, old: Engine, new: Engine) -> str:
     if not old.latency.rows or not new.latency.rows:
         return "not measured"
-    if found.slower is None:
+    both = _both(old, new)
+    if found.slower is None or not both:
         return "not comparable"
-    cases = {_case(line): line.engine.median_ms for line in old.latency.rows}
-    first = next(line for line in new.latency.rows if _case(line) in cases)
-    return f"{cases[_case(first)]:.3g} -> {first.engine.median_ms:.3g} ms ({found.slower:.2f}x)"
+    before, after = (_mean([pair[place].median_ms for pair in both]) for place in (0, 1))
+    return f"{before:.3g} -> {after:.3g} ms ({found.slower:.2f}x)"
 
 
 def _arrow(before: str, after: str) -> str:

@@ -73,7 +73,7 @@ def test_equal_releases_differ_in_nothing():
 def test_the_policy(change, policy, said):
     found = difference.between(release(), release("1.1.0", **change), Regression(**policy))
     assert [*only(found).regressions] == said
-    assert found.verdict().endswith("beyond the recipe's policy in 2 points" if said else "within the policy")
+    assert found.verdict().endswith("a regression" if said else "within the policy")
 
 
 def test_where_less_is_better():
@@ -131,6 +131,15 @@ def test_it_is_plain_json():
     assert told["before"] == "1.0.0"
     assert told["targets"][0]["metric_fall"] == pytest.approx(0.4)
     assert len(told["regressions"]) == 2
+
+
+def test_a_change_in_the_table_has_short_digests():
+    change = difference.Change("checkpoint x", "0123456789" + "a" * 54, None)
+    assert difference.change_row(change, "T") == ["checkpoint x", "T", "0123456789", "-"]
+
+
+def test_times_in_the_table_are_means_that_fit_their_ratio():
+    assert difference.row(only(difference.between(release(), release(ms=1.5), None)))[4] == "1.41 -> 2.12 ms (1.50x)"
 
 
 def test_rows_of_what_was_not_measured():
