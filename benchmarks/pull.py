@@ -95,8 +95,8 @@ def registry(base: Path, size: int) -> Path:
     return place / layout.blob("toy", made.engines[TARGETS[0]].files[0].sha256)
 
 
-def timed(command: list[str], folder: Path) -> tuple[float, int]:
-    """Seconds on the clock, and the most resident memory in bytes, of a command that must succeed."""
+def timed(command: list[str], folder: Path) -> tuple[float, float, int]:
+    """Seconds on the clock and of CPU, and the most resident memory in bytes, of a command that must succeed."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     os.sync()
@@ -107,7 +107,7 @@ def timed(command: list[str], folder: Path) -> tuple[float, int]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{command} ended with {process.returncode}")
-    return seconds, usage.ru_maxrss * 1024
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def main() -> None:
@@ -130,9 +130,12 @@ def main() -> None:
             pull = [sys.executable, "-I", str(PULLER), "toy", "--from", url, "--to", "here"]
             rows = [(timed(curl, base / "curl"), timed(pull, base / "pull")) for _ in range(given.rounds)]
     for one, other in rows:
-        print(f"curl {one[0]:.2f} s, pull {other[0]:.2f} s: {one[0] / other[0]:.2f} of curl's speed")
+        print(
+            f"curl {one[0]:.2f} s ({one[1]:.2f} of CPU), pull {other[0]:.2f} s ({other[1]:.2f}): "
+            f"{one[0] / other[0]:.2f} of curl's speed"
+        )
     print(f"median: {statistics.median(one[0] / other[0] for one, other in rows):.2f} of curl's speed")
-    print(f"memory: {max(other[1] for _, other in rows) / 1e6:.0f} MB at most (curl: {rows[0][0][1] / 1e6:.0f} MB)")
+    print(f"memory: {max(other[2] for _, other in rows) / 1e6:.0f} MB at most")
 
 
 if __name__ == "__main__":
