@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # what `make test` needs, which is small, and all that there is
 EXTRAS := tvm,openvino,pt2e,flows,trust,examples,dev
-LARGE := executorch,litert,coreml,stablehlo,tvm-cuda,s3-tests
+LARGE := executorch,litert,coreml,stablehlo,tvm-cuda,s3-tests,lint
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-all lint format clean lock

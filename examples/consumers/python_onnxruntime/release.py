@@ -126,15 +126,20 @@ def fault(got, want, bound):
     return f"differs by {worst:.1e}, {bound['max_abs']:.1e} allowed", not worst <= bound["max_abs"]
 
 
-def check(engine):
-    """Run the golden vectors and print the distances; whether all are within bounds."""
-    good = True
+def distances(engine):
+    """For each output of each golden case: the case, the output, `fault`'s words, and whether that is too far."""
     for case, feeds, wanted in engine.golden():
         made = engine(feeds)
         for name, want in wanted.items():
-            words, wrong = fault(made[name], want, engine.entry["golden"][name])
-            good = good and not wrong
-            print(f"{'WRONG' if wrong else 'ok':6}{case:5}{name}: {words}")
+            yield case, name, *fault(made[name], want, engine.entry["golden"][name])
+
+
+def check(engine):
+    """Run the golden vectors and print the distances; whether all are within bounds."""
+    good = True
+    for case, name, words, wrong in distances(engine):
+        good = good and not wrong
+        print(f"{'WRONG' if wrong else 'ok':6}{case:5}{name}: {words}")
     return good
 
 
