@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 
 import anyio
 from anyio.abc import TaskStatus
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.states import Crashed
@@ -80,6 +82,18 @@ class _Worker(ProcessWorker):
                 if now is None or not now.is_final():  # it may have ended by itself just now
                     await self.client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)
             raise
+
+    async def _propose_crashed_state(
+        self, flow_run: FlowRun, message: str, client: PrefectClient | None = None
+    ) -> None:
+        """Unless it has been retried since, which the process's runner made possible by saying so before us."""
+        with contextlib.suppress(Exception):  # a server that is away or knows it not is Prefect's own matter
+            now = await (client or self.client).read_flow_run(flow_run.id)
+            starts = now.run_count - flow_run.run_count
+            waits = now.state is not None and (now.state.is_scheduled() or now.state.is_pending())
+            if starts > 1 or (starts == 1 and waits):
+                return
+        await super()._propose_crashed_state(flow_run, message, client)
 
     async def _submit_scheduled_flow_runs(self, flow_run_response: list[WorkerFlowRunResponse]) -> list[FlowRun]:
         """Not yet those whose first process still holds a place, since they were retried at once.

@@ -7,6 +7,7 @@ that prove it. Files travel through the `Exchange`, so that what is said here is
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import platform
@@ -27,6 +28,8 @@ from pipeline.run import Status, Verdict
 from pipeline.store import Key, Made
 from pipeline.types import Audit, Frozen, LatencyReport, ParityReport, Scheme, Target
 from pipeline.workspace import Workspace
+
+_FULL_BYTES = 1_000_000
 
 log = logging.getLogger("pipeline.handover")
 
@@ -184,9 +187,11 @@ def check_out(clone: Path, commit: str, folder: Path) -> Workspace:
             git.run(top, "read-tree", commit, env=index)
             git.run(top, "checkout-index", "--all", "--force", f"--prefix={folder}/", env=index)
         except git.GitError as error:
+            if shutil.disk_usage(folder).free < _FULL_BYTES:  # git doesn't say why it can't write
+                raise store.explained(OSError(errno.ENOSPC, "No space left on device"), folder) from error
             raise StoreError(
                 f"can't write the commit {commit[:10]} below `{folder}`: {error.said}",
-                hint=f"see that its disk has space (`df -h {clone}`) and that the clone is whole (`git fsck`)",
+                hint=f"see that the clone `{clone}` is whole (`git fsck`)",
             ) from error
     return Workspace(folder / git.folder_of(clone))
 

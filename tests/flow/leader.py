@@ -73,6 +73,7 @@ def _lead(root: Path, env: dict[str, str], points: tuple[str, ...], parameters: 
     with temporary_settings(settings):
         state = export("tiny", workspace=str(root), where="pools", return_state=True, **parameters)
         deliver()
+    (root / SAID).parent.mkdir(parents=True, exist_ok=True)
     fresh = root / f"{SAID}.tmp"
     fresh.write_text(f"{state.type.value}: {state.message}")
     fresh.replace(root / SAID)
