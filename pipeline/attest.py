@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,13 +27,14 @@ def names(key: Path | None) -> tuple[Beside, ...]:
     return (PROVENANCE, SBOM, SIGNATURE) if key is not None else (PROVENANCE, SBOM)
 
 
-def write(folder: Path, source: str | None, key: Path | None) -> None:
+def write(folder: Path, source: str | None, key: Path | None, tools: Iterable[tuple[str, str]] = ()) -> None:
     """Add provenance, SBOM and, with `key`, the signature to the release in `folder`.
 
     Args:
         folder: a whole release; its manifest's `beside` is what `names` says.
         source: address of the git repository, of `public_uri`.
         key: private key, PEM.
+        tools: name and version of tools that took part, beside those that the manifest knows.
 
     Raises:
         ReleaseError: `folder` holds no manifest, or `key` can't be used.
@@ -41,7 +42,7 @@ def write(folder: Path, source: str | None, key: Path | None) -> None:
     path = folder / manifest.FILE
     made = manifest.parse(path.read_text(), str(path))
     whole = digest.of_file(path)
-    store.write_json(folder / PROVENANCE, provenance(made, whole, source))
+    store.write_json(folder / PROVENANCE, provenance(made, whole, source, tools))
     store.write_json(folder / SBOM, sbom.of(made, whole))
     if key is not None:
         known = {file.path: file.sha256 for file in made.files()} | {manifest.FILE: whole}
@@ -50,12 +51,12 @@ def write(folder: Path, source: str | None, key: Path | None) -> None:
         (folder / SIGNATURE).write_text(trust.sign_bundle(said, key))
 
 
-def provenance(made: Manifest, whole: str, source: str | None) -> dict[str, Any]:
+def provenance(made: Manifest, whole: str, source: str | None, tools: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
     """An in-toto statement with SLSA's provenance: what was built from what, by which tools.
 
     Args:
         whole: sha256 of the manifest's file.
-        source: as for `write`.
+        source, tools: as for `write`.
     """
     files = {file.path: file.sha256 for file in made.files()} | {manifest.FILE: whole}
     return {
@@ -73,7 +74,7 @@ def provenance(made: Manifest, whole: str, source: str | None) -> dict[str, Any]
                 "internalParameters": {"uncommittedChanges": made.source.dirty},
                 "resolvedDependencies": dependencies(made, source),
             },
-            "runDetails": {"builder": {"id": BUILDER, "version": _tools(made)}, "metadata": {}},
+            "runDetails": {"builder": {"id": BUILDER, "version": _tools(made, tools)}, "metadata": {}},
         },
     }
 
@@ -91,13 +92,13 @@ def dependencies(made: Manifest, source: str | None) -> list[dict[str, Any]]:
     ]
 
 
-def _tools(made: Manifest) -> dict[str, str]:
+def _tools(made: Manifest, others: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Every tool with its version; two targets may have been built with different ones."""
-    found = {name: {version} for name, version in made.tools.items()}
-    for engine in made.engines.values():
-        for name, version in engine.tools.items():
-            if name not in sbom.HOST_FACTS:
-                found.setdefault(name, set()).add(version)
+    found: dict[str, set[str]] = {}
+    of_engines = (pair for engine in made.engines.values() for pair in engine.tools.items())
+    for name, version in (*made.tools.items(), *of_engines, *others):
+        if name not in sbom.HOST_FACTS:
+            found.setdefault(name, set()).add(version)
     return {name: ", ".join(sorted(found[name])) for name in sorted(found)}
 
 

@@ -245,12 +245,17 @@ def _lay_out(
         facts = lay_out(
             job.recipe, chosen, skipped, tried, *models, version, commit, dirty, out, beside=attest.names(key)
         )
-        attest.write(out, source, key)
+        attest.write(out, source, key, _tools(job))
         return facts
 
     return store.make(
         job.folder / "release", Key("release", inputs, config | {"evidence": digest.of_json(evidence)}), work
     )
+
+
+def _tools(job: Job) -> set[tuple[str, str]]:
+    """Name and version of every tool that decided the bytes of a step on the way."""
+    return {tool for made in job.made.values() for tool in made.stored.artifact.tools.items()}
 
 
 def steps(job: Job, chosen: Sequence[Chosen]) -> list[Step]:

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
-from pipeline import cli, store, trust, verification
+from pipeline import cli, puller, store, trust, verification
 
 PUBLISH = ("publish", "tiny", "--target", "good")
 
@@ -44,11 +45,21 @@ def test_from_the_publisher_to_the_device(bench, key, tmp_path, capsys, monkeypa
     assert pull(bench, device, "--key", f"{key}.pub") == 0
     found = verification.verify(device, key.with_name("key.pub"), "tiny@1.0.0")
     assert [check.state for check in found.checks] == ["verified"] * 4
-    said = json.loads((device / "provenance.json").read_text())["predicate"]["buildDefinition"]
+    said = json.loads((device / "provenance.json").read_text())["predicate"]
     commit = found.manifest.source.commit
-    assert said["resolvedDependencies"][0] == {"name": "source", "digest": {"gitCommit": commit}}
+    assert said["buildDefinition"]["resolvedDependencies"][0] == {"name": "source", "digest": {"gitCommit": commit}}
+    assert {"torch", "onnx", "onnxscript"} <= set(said["runDetails"]["builder"]["version"])
+
+    shelf = str(tmp_path / "registry")
+    Path(shelf).mkdir()
+    assert run(bench, "mirror", "tiny", "--registry", shelf) == 0
+    assert run(bench, "promote", "tiny@1.0.0", "prod", "--registry", shelf) == 0
+    asked = ["tiny#prod", "--from", shelf, "--to", str(tmp_path / "edge"), "--key"]
+    assert puller.main([*asked, f"{key}.pub"]) == 0
+    assert verification.verify(tmp_path / "edge", key.with_name("key.pub")).manifest == found.manifest
 
     other = trust.keygen(tmp_path / "other")
+    assert puller.main([*asked, str(other)]) == 12
     monkeypatch.setenv(trust.PUBLIC_KEY, str(other))
     capsys.readouterr()
     assert pull(bench, tmp_path / "none") == 12
