@@ -1,13 +1,18 @@
 """The consumers in examples/: each runs a release by what is in it, and reproduces its golden vectors."""
 
+import importlib.util
 import os
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from google.protobuf import text_format
+from onnxruntime import InferenceSession
 from safetensors.numpy import load_file, save_file
 
+from pipeline import manifest
 from tests import consumers
 from tests.consumers import BUCKETS, EXAMPLES, ORT, TVM, ran
 
@@ -106,3 +111,96 @@ def test_cpp_with_tvm(tmp_path, folder, spoiled):
     assert told.count("ok ") == 2 * 3
     assert wrong[0] == 1
     assert wrong[1].count("WRONG") == 2
+
+
+# --- Triton --------------------------------------------------------------------------------------------------------
+
+
+def triton(release, to, *words):
+    program = EXAMPLES / "triton" / "triton_repository.py"
+    return ran(sys.executable, "-I", "-S", program, release, "--to", to, *words)
+
+
+def config_of(folder):
+    """`config.pbtxt`, read by the schema that Triton's own client has."""
+    # loaded by itself, since the package around it needs grpc
+    place = consumers.package("tritonclient") / "grpc" / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", place)
+    schema = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(schema)
+    return text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
+
+
+def test_triton_gets_a_model_that_its_config_describes(folder, tmp_path):
+    code, told = triton(folder, tmp_path, "--target", ORT)
+    config = config_of(tmp_path / "tiny")
+    session = InferenceSession(tmp_path / "tiny" / "1000000" / config.default_model_filename)
+
+    assert (code, told) == (0, f"{tmp_path}/tiny/1000000\n")
+    assert (config.name, config.backend, config.max_batch_size) == ("tiny", "onnxruntime", 4)
+    for described, nodes in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        assert [(one.name, shape_of(one)) for one in described] == [(one.name, one.shape[1:]) for one in nodes]
+        assert [TRITON_TYPES[one.data_type] for one in described] == [one.type for one in nodes]
+
+
+TRITON_TYPES = {11: "tensor(float)", 9: "tensor(int64)"}
+
+
+def shape_of(tensor):
+    """Without the batch, as the model has it."""
+    return [*(tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims)]
+
+
+def test_tritons_first_requests_are_golden(folder, tmp_path):
+    triton(folder, tmp_path, "--target", ORT)
+    (warmup,) = config_of(tmp_path / "tiny").model_warmup
+    golden = load_file(folder / "golden.safetensors")
+    feeds = {}
+    for name, one in warmup.inputs.items():
+        want = golden[f"min/in/{name}"]
+        shape = (warmup.batch_size, *(one.dims if want.ndim > 1 else ()))
+        feeds[name] = np.fromfile(tmp_path / "tiny" / "warmup" / one.input_data_file, want.dtype).reshape(shape)
+        np.testing.assert_array_equal(feeds[name], want)
+    logits, label = InferenceSession(tmp_path / "tiny/1000000/model.onnx").run(["logits", "label"], feeds)
+
+    bound = manifest.load(folder).engines[ORT].golden["logits"].max_abs
+    assert np.abs(logits - golden["min/out/logits"]).max() <= bound
+    np.testing.assert_array_equal(label, golden["min/out/label"])
+
+
+def test_triton_gets_a_model_for_each_bucket(folder, tmp_path):
+    code, _ = triton(folder, tmp_path, "--target", BUCKETS)
+    configs = [config_of(tmp_path / name) for name in ("tiny-batch1", "tiny-batch3")]
+
+    assert code == 0
+    assert [config.max_batch_size for config in configs] == [0, 0]
+    assert [[*config.input[0].dims] for config in configs] == [[1, 1, 8, 8], [3, 1, 8, 8]]
+    assert [[*config.input[1].dims] for config in configs] == [[1], [3]]
+    assert all((tmp_path / config.name / "1000000" / "model.onnx").is_file() for config in configs)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--target", TVM), f"Triton has no backend for `{TVM}`"),
+        (("--target", "no-such"), "the release has no engine for `no-such`"),
+        ((), f"name a target: {ORT}, {BUCKETS} would do"),
+    ],
+)
+def test_what_triton_can_not_have_is_said(folder, tmp_path, words, told):
+    code, output = triton(folder, tmp_path, *words)
+
+    assert code == 2
+    assert told in output
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_triton_gets_no_file_that_was_not_published(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "release")
+    with (tmp_path / "release" / "engines" / ORT / "model.onnx").open("ab") as stream:
+        stream.write(b"!")
+    code, told = triton(tmp_path / "release", tmp_path / "models", "--target", ORT)
+
+    assert code == 2
+    assert "has other bytes than were published (sha256 differs)" in told
+    assert [*(tmp_path / "models" / "tiny").iterdir()] == []
