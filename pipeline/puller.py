@@ -1567,15 +1567,28 @@ def _alone(place: Place, talk: Talk) -> Iterator[None]:
     try:
         yield
         shutil.rmtree(place.partial)
+    except OSError as error:
+        if error.errno in _FULL:
+            _make_room(place)
+        raise
     finally:
         with contextlib.suppress(OSError):
             place.partial.rmdir()  # if nothing came
         os.close(descriptor)
 
 
+def _make_room(place: Place) -> None:
+    """Remove what has come: a full disk is not kept full."""
+    with contextlib.suppress(OSError):
+        _recover(place)
+        for path in place.partial.iterdir():
+            if re.fullmatch(r"[0-9a-f]{64}", path.name):
+                path.unlink()
+
+
 @contextlib.contextmanager
 def _explained(place: Place) -> Iterator[None]:
-    """Turn what the operating system refuses into a message. A full disk is not kept full."""
+    """Turn what the operating system refuses into a message."""
     try:
         yield
     except OSError as error:
@@ -1585,12 +1598,6 @@ def _explained(place: Place) -> Iterator[None]:
                 f"can't write `{what}`: {error.strerror or error}; nothing was installed",
                 hint="see that the folder is no mount point, and that it and the one above it can be written",
             ) from None
-        shutil.rmtree(place.tree, ignore_errors=True)
-        for path in place.partial.iterdir() if place.partial.is_dir() else ():
-            if re.fullmatch(r"[0-9a-f]{64}", path.name):
-                path.unlink()
-        with contextlib.suppress(OSError):
-            place.partial.rmdir()
         raise StoreError(
             f"no space left for `{place.to}`; nothing was installed",
             hint="free some space (`df -h`), or pull elsewhere",
@@ -1975,10 +1982,12 @@ def watch(wish: Wish, every_s: float, talk: Talk, tell: Callable[[Pulled], None]
     options = Options(retries=2)
     registry = Registry(source_of(wish.source, options), wish.recipe, talk, options)
     done: bytes | None = None
+    refused: bytes | None = None
+    again = 0.0
     while True:
         try:
             registry.index()
-            if registry.text != done:
+            if registry.text != done and (registry.text != refused or time.monotonic() > again):
                 found = pull(wish, talk, registry)
                 if found.changed or done is None:
                     tell(found)
@@ -1988,8 +1997,9 @@ def watch(wish: Wish, every_s: float, talk: Talk, tell: Callable[[Pulled], None]
         except PullError as error:
             if done is None:
                 raise
-            talk.say(f"error: {error.message}")
-            done = registry.text  # not the same again
+            talk.once(f"error: {error.message}")
+            # the same again may cost a download; what was wrong with it is seldom put right without a new index
+            refused, again = registry.text, time.monotonic() + 10 * every_s
         time.sleep(every_s)
 
 

@@ -1,6 +1,8 @@
 """`exportyard-pull`: from a static registry, over networks and disks that fail, into a folder that is always whole."""
 
 import ast
+import errno
+import hashlib
 import json
 import os
 import random
@@ -295,43 +297,70 @@ def test_an_index_that_moves_while_it_is_read(copied, tmp_path, monkeypatch):
 FAULTS = 1000 if os.environ.get("EXPORTYARD_TEST_ALL") else 100
 
 
-def test_random_faults_never_install_a_wrong_file(shelf, tmp_path, key):
-    """Faults of networks and disks, one or many a pull: what is installed is a release, or what was there before."""
+def test_random_faults_never_install_a_wrong_file(shelf, tmp_path, key, monkeypatch):
+    """Faults of networks and disks, one or many a pull, and rivals: a release is installed whole, or stays."""
     good = {version: content(shelf / version) for version in ("1.0.0", "1.1.0")}
     rng, codes, faults = random.Random(7), [], 0
+    full = fill_up_at_times(monkeypatch, rng)
     with serving(shelf / "registry", faults=0.25, seed=7) as server:
-        while faults < FAULTS:
-            here = tmp_path / f"here{len(codes) % 5}"
-            before = content(here) if here.exists() else None
-            damage(rng, here, good)
+
+        def attempt(here: Path) -> None:
             asked = rng.choice(["toy", "toy@1.0.0", "toy#prod"])
-            given = pub(key) if rng.random() < 0.5 else None
-            count = server.failed
             try:
-                pulled = pull(server.url, here, asked, key=given)
+                pull(server.url, here, asked, key=pub(key) if rng.random() < 0.5 else None)
                 codes.append(0)
-                assert content(here) == good[pulled.version]
-                assert not here.with_name(f".{here.name}.partial").exists()
             except puller.PullError as error:
                 codes.append(error.exit_code)
-                assert (content(here) if here.exists() else None) in (before, *good.values())
-            faults += server.failed - count
-    assert set(codes) <= {0, 2, 10, 12}  # 2: the server said that there is no index
+
+        while faults + server.failed + len(full) < FAULTS:
+            here = tmp_path / f"here{rng.randrange(5)}"
+            before = content(here) if here.exists() else None
+            faults += damage(rng, here, good)
+            rivals = [threading.Thread(target=attempt, args=(here,)) for _ in range(rng.choice([1, 1, 1, 3]))]
+            count = len(codes)
+            for rival in rivals:
+                rival.start()
+            for rival in rivals:
+                rival.join()
+            faults += len(rivals) - 1
+            assert len(codes) == count + len(rivals)  # and none has failed in another way
+            kept = [*good.values()] if 0 in codes[count:] else [before, *good.values()]
+            assert (content(here) if here.exists() else None) in kept
+            if codes[-1] == 0:
+                assert not here.with_name(f".{here.name}.partial").exists()
+    assert set(codes) <= {0, 2, 10, 12, 13}  # 2: the server said that there is no index
     assert codes.count(0) > len(codes) / 4
+    assert 13 in codes or len(full) < 3
 
 
-def damage(rng: random.Random, here: Path, good: dict[str, dict[str, bytes]]) -> None:
-    """Half of a blob, or other bytes of it, are left from before."""
-    if rng.random() < 0.3:
-        import hashlib
+def fill_up_at_times(monkeypatch, rng: random.Random) -> list[int]:
+    """Let the disk be full now and then; what is returned grows with each time."""
+    times: list[int] = []
+    for name in ("_write", "_put"):
+        real = getattr(puller, name)
 
-        data = rng.choice([*good["1.1.0"].values(), *good["1.0.0"].values()])
-        kept = here.with_name(f".{here.name}.partial")
-        kept.mkdir(exist_ok=True)
-        half = bytearray(data[: rng.randrange(len(data) + 1)])
-        if half and rng.random() < 0.5:
-            half[rng.randrange(len(half))] ^= 1
-        (kept / hashlib.sha256(data).hexdigest()).write_bytes(half)
+        def tried(*arguments, real=real):
+            if rng.random() < 0.03:
+                times.append(1)
+                raise puller.DiskError(errno.ENOSPC, "No space left on device")
+            real(*arguments)
+
+        monkeypatch.setattr(puller, name, tried)
+    return times
+
+
+def damage(rng: random.Random, here: Path, good: dict[str, dict[str, bytes]]) -> bool:
+    """Half of a blob, or other bytes of it, may be left from before; whether it is so now."""
+    if rng.random() > 0.3:
+        return False
+    data = rng.choice([*good["1.1.0"].values(), *good["1.0.0"].values()])
+    kept = here.with_name(f".{here.name}.partial")
+    kept.mkdir(exist_ok=True)
+    half = bytearray(data[: rng.randrange(len(data) + 1)])
+    if half and rng.random() < 0.5:
+        half[rng.randrange(len(half))] ^= 1
+    (kept / hashlib.sha256(data).hexdigest()).write_bytes(half)
+    return True
 
 
 def test_a_registry_that_is_damaged_itself(copied, tmp_path):
@@ -933,6 +962,12 @@ def test_a_bucket_of_moto(shelf, tmp_path, monkeypatch):
 # --- following a channel -------------------------------------------------------------------------------------------
 
 
+def publish_damaged(shelf: Path, version: str) -> None:
+    """A release whose golden vectors the registry has lost."""
+    publish(shelf / "registry", release(shelf / version, version, f"damaged {version}"))
+    blobs(shelf / "registry", shelf / version)["golden.safetensors"].unlink()
+
+
 def test_watching_a_channel(copied, tmp_path):
     registry, here = copied / "registry", tmp_path / "here"
     with serving(registry) as server:
@@ -950,10 +985,17 @@ def test_watching_a_channel(copied, tmp_path):
         server.script = ["500"] * 3 + ["garbage"] * 3
         assign(registry, "prod", "1.1.0", 2)
         assert json.loads(process.stdout.readline())["version"] == "1.1.0"
+        publish_damaged(copied, "1.2.0")
+        assign(registry, "prod", "1.2.0", 3)
+        asked = len(server.asked)
+        while len(server.asked) < asked + 30:  # it is refused, and looked for no further
+            time.sleep(0.01)
+        assign(registry, "prod", "1.0.0", 4)
+        assert json.loads(process.stdout.readline())["version"] == "1.0.0"
         process.terminate()
         assert process.wait() == 128 + signal.SIGTERM
         process.stdout.close()
-    assert content(here) == content(copied / "1.1.0")
+    assert content(here) == content(copied / "1.0.0")
 
 
 # --- the program ---------------------------------------------------------------------------------------------------
