@@ -299,10 +299,15 @@ def publish(
         _again(job, verdicts)
         published = release.publish(job, verdicts, bump, allow_dirty=allow_dirty, allow_regression=allow_regression)
         if as_json:
-            print(json.dumps({"version": published.version, "tag": published.tag, "fresh": published.fresh}))
+            names = ("version", "tag", "fresh", "registry")
+            print(json.dumps({name: getattr(published, name) for name in names}))
         elif published.fresh:
             print(f"published {published.tag}")
             console.say(f"next: `exportyard pull {recipe}@{published.version} --to DIR`")
+            if published.registry is not None:
+                console.say(
+                    f"it is in the registry {published.registry}, too; `exportyard promote` names it in a channel"
+                )
         else:
             print(f"nothing changed since {published.tag}")
 

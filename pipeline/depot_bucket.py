@@ -79,7 +79,8 @@ class BucketDepot:
         if hashed.hexdigest() != sha256:
             raise other_bytes(source)
         side = f"{self._key(name)}.{uuid.uuid4().hex}.part"  # until it is known that nobody has changed the file
-        self._asked(lambda: self.files.put_file(str(source), f"{self._bucket}/{side}"))
+        kept = {"CacheControl": _caching(name)}
+        self._asked(lambda: self.files.put_file(str(source), f"{self._bucket}/{side}", **kept))
         try:
             if _state(source) != before:
                 raise other_bytes(source)
@@ -243,6 +244,11 @@ class BucketDepot:
             f"the registry `{self.name}` can't be used: {why}",
             hint="see that the bucket can be reached from here, and that you may write to it",
         )
+
+
+def _caching(name: str) -> str:
+    """What caches between here and a device may do: bytes under their digest never change, all else may."""
+    return "public, max-age=31536000, immutable" if "/blobs/" in name else "no-cache"
 
 
 def _state(source: Path) -> tuple[int, int]:

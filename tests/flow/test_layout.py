@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import uuid
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import depot_bucket, depots, layout, manifest
+from pipeline import depot_bucket, depots, garbage, layout, manifest
 from pipeline.errors import ReleaseError, UnavailableError, UsageError
 from tests import extras
 from tests.releases import TARGETS, run, write_release
@@ -234,6 +235,11 @@ def bucket(monkeypatch):
         server.stop()
 
 
+def entry_of(depot) -> str:
+    """Some blob."""
+    return layout.blob("toy", layout.index(depot, "toy").entries[0]["digest"])
+
+
 def test_a_bucket_holds_the_same_as_a_folder(bucket, depot, tmp_path):
     for version, content in (("1.0.0", "one"), ("1.1.0", "two")):
         folder = release(tmp_path / version, version, content)
@@ -242,12 +248,32 @@ def test_a_bucket_holds_the_same_as_a_folder(bucket, depot, tmp_path):
     assert not layout.lay_out(folder, bucket, verify=True).changed
     assert read(bucket) == read(depot)
     assert bucket.read("toy/index.json") == depot.read("toy/index.json")
+    for name, caching in (("toy/index.json", "no-cache"), (entry_of(bucket), "public, max-age=31536000, immutable")):
+        with urllib.request.urlopen(bucket.files.sign(f"{bucket.root}/{name}")) as answer:
+            assert answer.headers["Cache-Control"] == caching
     assert bucket.folders() == ["toy"]
     names = {entry.name: entry.size_bytes for entry in depot.entries("toy/blobs/sha256")}
     assert {entry.name: entry.size_bytes for entry in bucket.entries("toy/blobs/sha256")} == names
-    bucket.remove(names)
-    assert bucket.entries("toy/blobs/sha256") == []
     assert bucket.digest("toy/nothing") is None
+    for place in (bucket, depot):
+        done = garbage.sweep(place, "toy", keep=1)
+        assert (done.kept, done.dropped) == (("1.1.0",), ("1.0.0",))
+        assert list(read(place)) == ["1.1.0"]
+        assert garbage.usage(place, "toy").names == ()
+    assert [entry.name for entry in bucket.entries("toy")] == ["toy/index.json", "toy/oci-layout"]
+    names = [entry.name for entry in bucket.entries("toy/blobs/sha256")]
+    assert set(names) == {entry.name for entry in depot.entries("toy/blobs/sha256")}
+
+
+def test_whoever_fills_a_bucket_waits_for_its_sweep(bucket, tmp_path):
+    """The note of a sweep that was killed is believed for a while only."""
+    with bucket.sweeping("toy"):
+        filling = threading.Thread(target=layout.lay_out, args=(release(tmp_path / "release"), bucket))
+        filling.start()
+        filling.join(2)
+        assert filling.is_alive()
+    filling.join(60)
+    assert list(read(bucket)) == ["1.0.0"]
 
 
 def test_a_large_file_goes_up_under_another_name_first(bucket, tmp_path, monkeypatch):
