@@ -1,6 +1,7 @@
 """The page and the Node program in examples/consumers: they get a release from a static server, check it and run it."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ def test_node_runs_a_release_of_a_registry(check, registry, ref):
     assert told.startswith(f"tiny v1.0.0, {ORT} (fp32)\n")
 
 
+def test_node_says_what_it_can_not_run(check, folder, tmp_path):
+    assert check(folder, "--target", "no-such") == (
+        2,
+        'check.mjs: the release has no engine of ONNX Runtime for "no-such"\n',
+    )
+    assert "ENOENT" in check(tmp_path)[1]
+
+
 def test_node_refuses_what_was_not_published(check, registry, folder):
     spoil(registry, folder, f"engines/{ORT}/model.onnx")
     with browser.served(registry) as url:
@@ -73,6 +82,18 @@ def test_node_refuses_what_was_not_published(check, registry, folder):
     assert code == 2
     assert "has other bytes than were published (sha256 differs)" in told
     assert unknown == (2, 'check.mjs: tiny has no version or channel "stable"; it has v1.0.0, prod\n')
+
+
+def test_python_runs_what_the_puller_has_got(registry, tmp_path):
+    with browser.served(registry) as url:
+        options = ("--from", url, "--to", tmp_path / "tiny", "--target", "auto", "--backend", "onnxruntime")
+        pulled = ran(sys.executable, "-I", registry / "exportyard-pull.py", "tiny#prod", *options)
+    code, told = ran(sys.executable, "-I", EXAMPLES / "python_onnxruntime" / "release.py", tmp_path / "tiny")
+
+    assert pulled[0] == 0, pulled[1]
+    assert len([*(tmp_path / "tiny" / "engines").iterdir()]) == 1
+    assert code == 0, told
+    assert told.count("ok ") == 3
 
 
 @pytest.fixture

@@ -54,7 +54,9 @@ export class Release {
   /** The engine of a target, loaded. `ort` is the module onnxruntime-web or onnxruntime-node. */
   async engine(ort, target, options = {}) {
     const entry = this.manifest.engines[target];
-    if (!entry) throw new Error(`the release has no engine for "${target}"`);
+    if (entry?.target.backend !== "onnxruntime") {
+      throw new Error(`the release has no engine of ONNX Runtime for "${target}"`);
+    }
     const all = {sizes: {}, files: entry.files.map((file) => file.path)};
     const parts = [];
     for (const {sizes, files} of entry.selector?.buckets ?? [all]) {

@@ -5,11 +5,14 @@
 //
 // `--target T` names the engine; else the first that suits this machine is taken.
 
+import {webcrypto} from "node:crypto";
 import {readFile} from "node:fs/promises";
 import {join} from "node:path";
 import {parseArgs} from "node:util";
 import * as ort from "onnxruntime-node";
 import {Release, fromRegistry, verify} from "../browser/release.mjs";
+
+globalThis.crypto ??= webcrypto; // Node 18
 
 async function fromFolder(folder) {
   const manifest = JSON.parse(await readFile(join(folder, "manifest.json"), "utf8"));
