@@ -206,7 +206,15 @@ class BucketDepot:
         # S3 compares the checksum, and refuses what has been damaged on the way
         checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
         kind = "application/json" if name.endswith(".json") else "application/octet-stream"
-        self._call("put_object", Key=self._key(name), Body=data, ChecksumSHA256=checksum, ContentType=kind, **condition)
+        self._call(
+            "put_object",
+            Key=self._key(name),
+            Body=data,
+            ChecksumSHA256=checksum,
+            ContentType=kind,
+            CacheControl=_caching(name),
+            **condition,
+        )
 
     def _listed(self, below: str) -> list[tuple[str, dict[str, Any]]]:
         """Names of the objects directly in a folder with what S3 tells of them, and of its folders with nothing."""
