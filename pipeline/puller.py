@@ -165,7 +165,7 @@ class Talk:
         """One line."""
         if not self.quiet:
             with self._lock:
-                print(f"\r\033[K{text}" if self._drawn else text, file=sys.stderr, flush=True)
+                print(f"\r\033[K{printable(text)}" if self._drawn else printable(text), file=sys.stderr, flush=True)
                 self._drawn = 0.0
 
     def once(self, text: str) -> None:
@@ -196,6 +196,11 @@ class Talk:
             if self._drawn:
                 print("\r\033[K", end="", file=sys.stderr, flush=True)
                 self._drawn = 0.0
+
+
+def printable(text: str) -> str:
+    """`text` without what would move a terminal's cursor: it may come from a registry."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "?" for sign in text)
 
 
 def size_text(number: int) -> str:
@@ -472,12 +477,14 @@ def is_registry(place: str, recipe: str, options: Options | None = None) -> bool
     """
     if place.startswith("s3://"):
         return True
-    if "://" in place and not place.lower().startswith(("http://", "https://")):
+    if place.endswith(".git") or ("://" in place and not place.lower().startswith(("http://", "https://", "file://"))):
         return False
     if "://" not in place and not (Path(place).expanduser() / recipe / "index.json").is_file():
         return False
+    options = options or Options()
     try:
-        return "manifests" in Registry(source_of(place, options or Options()), recipe, Talk(quiet=True)).index()
+        Registry(source_of(place, options), recipe, Talk(quiet=True), options).index()
+        return True
     except (UsageError, ReleaseError):
         return False
 
@@ -616,7 +623,9 @@ def _patiently(read: Callable[[], Result], registry: Registry) -> Result:
             return read()
         except CutError as error:
             failed += 1
-            if not registry.source.patient or failed > registry.options.retries:
+            # what came whole, and wrong, is seldom better the third time
+            most = min(registry.options.retries, 2) if isinstance(error, DamagedError) else registry.options.retries
+            if not registry.source.patient or failed > most:
                 raise _gave_up(registry.source, error, failed) from None
             registry.pause(failed, error)
 
@@ -900,7 +909,6 @@ class Entry:
     digest: str
     version: str
     withdrawn: str
-    serial: str = ""
     statement: str = ""
 
 
@@ -919,7 +927,6 @@ def entries(index: Mapping[str, Any]) -> tuple[dict[str, Entry], dict[str, Entry
             digest=str(one.get("digest")),
             version=said["version"],
             withdrawn=said.get("withdrawn", ""),
-            serial=said.get("serial", ""),
             statement=said.get("statement", ""),
         )
         if "channel" in said:
@@ -2101,13 +2108,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _work(_parser().parse_args(arguments))
     except PullError as error:
-        print(f"error: {error.message}{f'{chr(10) * 2}hint: {error.hint}' if error.hint else ''}", file=sys.stderr)
+        hint = f"\n\nhint: {error.hint}" if error.hint else ""
+        print(printable(f"error: {error.message}{hint}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted: what has come is kept; the same command goes on from there", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
+    except Exception as error:
+        if os.environ.get("EXPORTYARD_DEBUG"):
+            raise
+        print(printable(f"error: a bug in exportyard-pull: {type(error).__name__}: {error}"), file=sys.stderr)
+        print("\nhint: nothing was installed; EXPORTYARD_DEBUG=1 shows where it is", file=sys.stderr)
+        return 1
     return 0
 
 

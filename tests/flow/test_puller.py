@@ -1,6 +1,7 @@
 """`exportyard-pull`: from a static registry, over networks and disks that fail, into a folder that is always whole."""
 
 import ast
+import contextlib
 import errno
 import hashlib
 import json
@@ -1043,6 +1044,53 @@ def test_options_that_make_no_sense(arguments, message, tmp_path, capsys):
     said = capsys.readouterr().err
     assert message in said
     assert "hint: " in said
+
+
+def test_what_is_no_registry(shelf, tmp_path):
+    """Then the command takes git; a registry that is away is no reason to."""
+    (tmp_path / "www/toy").mkdir(parents=True)
+    (tmp_path / "www/toy/index.json").write_text("<html>sign in</html>")
+    with serving(tmp_path / "www") as server:
+        assert not puller.is_registry(server.url, "toy", SOON)
+        assert not puller.is_registry(server.url, "other", SOON)
+        assert server.asked[0] == ("toy/index.json", "")
+    assert not puller.is_registry(str(tmp_path), "toy")
+    assert not puller.is_registry("git@host:models", "toy")
+    assert not puller.is_registry("ssh://host/models", "toy")
+    assert not puller.is_registry("https://host.invalid/models.git", "toy")
+    assert puller.is_registry(f"file://{shelf}/registry", "toy")
+    with pytest.raises(puller.UnavailableError, match="ConnectionRefusedError"):
+        puller.is_registry(server.url, "toy", SOON)
+
+
+def test_a_bug_is_said_in_one_line(shelf, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("EXPORTYARD_DEBUG", raising=False)
+
+    def broken(*arguments):
+        raise ZeroDivisionError("oh \033[2J")
+
+    monkeypatch.setattr(puller, "describe", broken)
+    assert puller.main(["toy", "--from", str(shelf / "registry"), "--to", str(tmp_path / "here")]) == 1
+    assert capsys.readouterr().err.splitlines()[0] == "error: a bug in exportyard-pull: ZeroDivisionError: oh ?[2J"
+
+
+def test_the_bar_of_a_terminal(copied, tmp_path):
+    import pty
+
+    with_big(copied, os.urandom(4 << 20))
+    master, slave = pty.openpty()
+    with serving(copied / "registry") as server:
+        server.slow = 5e-3
+        process = subprocess.Popen(command(server.url, tmp_path / "here", asked="toy@3.0.0"), stderr=slave)
+        os.close(slave)
+        said = b""
+        with contextlib.suppress(OSError):  # a terminal that is closed
+            while piece := os.read(master, 4096):
+                said += piece
+        os.close(master)
+    assert process.wait() == 0
+    assert b"% of 4.2 MB, " in said
+    assert said.endswith(b"\r\x1b[K")
 
 
 def test_interrupted(shelf, tmp_path):
