@@ -12,10 +12,11 @@ from prefect.states import Completed, Failed
 
 from flows import stages
 from flows.steps import entered
+from pipeline import handover, run, store
 from pipeline import release as releases
-from pipeline import run, store
 from pipeline.errors import BuildError, ExportyardError
-from pipeline.job import Maker, Work
+from pipeline.job import Job, Maker, Work
+from pipeline.run import Verdict
 from pipeline.store import Key, Made
 from pipeline.tags import Bump
 
@@ -36,6 +37,14 @@ class Found(Maker):
                 f"`{folder.parent.name}/{folder.name}` is not up to date: {reason}", hint="run the flow `export` first"
             )
         return Made(stored, "cached")
+
+
+def _known(job: Job, found: Verdict) -> Verdict:
+    """`found`, or what a worker has answered about that target: its tools may be others than those of this host."""
+    if found.status == "passed":
+        return found
+    outcome = handover.kept(job, found.target, handover.request(job, found.target))
+    return (None if outcome is None else handover.recall(job, found.target, outcome)) or found
 
 
 @flow(name="release", persist_result=False, result_serializer="json")
@@ -60,7 +69,7 @@ def release(
     try:
         found = run.prepare(entered(workspace), recipe, checkpoint=weights, targets=targets, maker=Found())
         with closing(found) as job:
-            published = releases.publish(job, run.export(job), bump)
+            published = releases.publish(job, [_known(job, verdict) for verdict in run.export(job)], bump)
     except ExportyardError as error:
         # returned, not raised: a user's mistake needs its message, not our traceback
         return Failed(message=str(error), data=error)

@@ -11,6 +11,7 @@ import pytest
 from prefect.client.schemas.objects import State
 
 from flows.export import export
+from flows.release import release
 from pipeline import git, manifest
 from tests import releases
 from tests.flow import fleet as fleets
@@ -72,6 +73,9 @@ def test_targets_are_built_by_the_workers_of_their_pools_and_joined_into_one_rel
     assert {state for name, (state, _) in task_states(again, "publish").items() if name.startswith("engine")} == {
         "Cached"
     }
+    # nor does a release without an export leave out what only a worker could build
+    found = release("tiny", workspace=str(fleet.leader), targets=["one", "two"], return_state=True)
+    assert found.message.startswith("unchanged since tiny@v1.0.0"), found.message
 
 
 @pytest.mark.usefixtures("on_server")
