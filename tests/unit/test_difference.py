@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -152,3 +155,10 @@ def test_rows_of_what_was_not_measured():
     other = difference.between(before, release("1.1.0", cpu="another"), None)
     assert difference.row(only(other))[4] == "not comparable"
     assert dataclasses.replace(only(other), before=None).same is False
+
+
+def test_the_policy_in_the_docs_is_one():
+    text = (Path(__file__).parents[2] / "docs/releases.md").read_text()
+    policy = next(block for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL) if "[regression]" in block)
+    found = Regression(**tomllib.loads(policy)["regression"])
+    assert (found.of("any").slowdown, found.of("linux-x86_64-tvm").slowdown, found.of("x").drop) == (0.1, 0.3, 0.005)

@@ -11,16 +11,20 @@ from pipeline import types
 from pipeline.metrics import BUILT_IN
 
 TEXT = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+TABLES = {"axes", "calibration", "evaluation", "budget", "regression"}
 KEYS = set(types.Recipe.model_fields) - {"folder", "root"}
 
 
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(KEYS - {"axes", "inputs", "outputs", "calibration", "evaluation", "budget"}, id="keys"),
+        pytest.param(KEYS - {"inputs", "outputs", *TABLES}, id="keys"),
         *(
             pytest.param(set(model.model_fields), id=model.__name__)
-            for model in (types.InputSpec, types.OutputSpec, types.Calibration, types.Evaluation, types.Budget)
+            for model in (
+                *(types.InputSpec, types.OutputSpec, types.Calibration),
+                *(types.Evaluation, types.Budget, types.Regression),
+            )
         ),
         pytest.param(set(types.Tolerance.model_fields), id="bounds"),
         pytest.param(set(get_args(types.DType)), id="dtypes"),
@@ -34,9 +38,7 @@ def test_every_word_that_a_recipe_may_use_is_explained(names: set[str]) -> None:
 
 
 def test_the_tables_of_a_recipe_are_explained() -> None:
-    assert {f"[{name}]" for name in ("axes", "calibration", "evaluation", "budget")} <= set(
-        re.findall(r"\[\w+\]", TEXT)
-    )
+    assert {f"[{name}]" for name in TABLES} <= set(re.findall(r"\[\w+\]", TEXT))
 
 
 def test_the_tutorials_recipe_is_one() -> None:
