@@ -1,4 +1,4 @@
-"""A release for the programs in examples/consumers, published for real: several engines, and outputs of two kinds."""
+"""A release for the programs in examples/consumers: several engines, and outputs of two kinds."""
 
 import subprocess
 import sys
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import depots, initial, layout, manifest, release, run
+from pipeline import depots, layout, manifest, run
+from pipeline.stages.publish import lay_out
 from pipeline.workspace import Workspace
 from tests import workspaces
 
@@ -101,18 +102,19 @@ ROWS = (
 ARM_ROWS = ORT_ROW.format(name=ORT) + TVM_ROW.format(machine="aarch64", arch="cortex-a72")
 
 
-def published(root: Path, *, rows: str, recipe: str = RECIPE, model: str = MODEL) -> Path:
-    """The workspace `root` with v1.0.0 of `tiny`; its release is in artifacts/tiny/release."""
+def released(root: Path, *, rows: str, recipe: str = RECIPE, model: str = MODEL) -> Path:
+    """The folder of release 1.0.0 of `tiny`, made in the workspace `root`; neither tagged nor pushed."""
     workspaces.tiny(root, rows=rows, recipe=recipe, model=model)
     shift = np.arange(32) % 10
     np.savez(root / "recipes" / "tiny" / "evaluation.npz", images=workspaces.images(32, 2), shift=shift)
-    workspaces.under_git(root)
-    initial.init(root, root.parent / "remote")
     job = run.prepare(Workspace(root), "tiny")
     verdicts = run.export(job)
     assert [found.status for found in verdicts] == ["passed"] * len(verdicts), [found.reason for found in verdicts]
-    release.publish(job, verdicts, allow_dirty=True)
-    return root
+    sources = job.program().stored, job.checkpoint().stored, job.data().stored
+    out = root.parent / "release"
+    out.mkdir()
+    lay_out(job.recipe, [found.chosen() for found in verdicts], {}, {}, *sources, "1.0.0", "0" * 40, False, out)
+    return out
 
 
 def ran(*command: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> tuple[int, str]:

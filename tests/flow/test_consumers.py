@@ -20,9 +20,7 @@ from tests.consumers import BUCKETS, EXAMPLES, ORT, TVM, ran
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A release folder with all its engines; not to be changed."""
-    return consumers.published(tmp_path_factory.mktemp("consumers") / "yard", rows=consumers.ROWS) / (
-        "artifacts/tiny/release"
-    )
+    return consumers.released(tmp_path_factory.mktemp("consumers") / "yard", rows=consumers.ROWS)
 
 
 @pytest.fixture

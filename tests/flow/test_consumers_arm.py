@@ -14,8 +14,7 @@ LIBRARY = "onnxruntime-node/bin/napi-v6/linux/arm64/libonnxruntime.so.1"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A release folder with an engine for each of the programs."""
-    root = tmp_path_factory.mktemp("arm") / "yard"
-    return consumers.published(root, rows=consumers.ARM_ROWS) / "artifacts/tiny/release"
+    return consumers.released(tmp_path_factory.mktemp("arm") / "yard", rows=consumers.ARM_ROWS)
 
 
 def emulated(program, *words, **environment):

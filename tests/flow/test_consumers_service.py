@@ -32,8 +32,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     """A release folder; not to be changed."""
-    root = tmp_path_factory.mktemp("service") / "yard"
-    return consumers.published(root, rows=consumers.ORT_ROW.format(name=ORT)) / "artifacts/tiny/release"
+    return consumers.released(tmp_path_factory.mktemp("service") / "yard", rows=consumers.ORT_ROW.format(name=ORT))
 
 
 def environment(release: Path, **more: str) -> dict[str, str]:

@@ -18,8 +18,7 @@ def folder(tmp_path_factory):
     """A release folder; not to be changed."""
     rows = consumers.ORT_ROW.format(name=ORT) + consumers.ORT_ROW.format(name=BUCKETS) + "    buckets = 'auto'\n"
     root = tmp_path_factory.mktemp("web") / "yard"
-    consumers.published(root, rows=rows, recipe=workspaces.RECIPE, model=workspaces.MODEL)
-    return root / "artifacts/tiny/release"
+    return consumers.released(root, rows=rows, recipe=workspaces.RECIPE, model=workspaces.MODEL)
 
 
 @pytest.fixture
