@@ -517,7 +517,7 @@ class Registry:
         """
         pause = min(self.options.first_pause_s * 2 ** (failed - 1), self.options.longest_pause_s)
         pause = max(pause, min(error.pause_s, 60.0))
-        if failed > 1:
+        if failed > 2:
             self.talk.say(f"{error}; trying again in {pause:.1f} s")
         if self.stop.wait(pause):
             raise KeyboardInterrupt
@@ -1978,7 +1978,9 @@ def _has(folder: Path, content: Mapping[str, Any], target: str) -> bool:
     return all((folder / one["path"]).is_file() for one in content["engines"][target]["files"])
 
 
-def watch(wish: Wish, every_s: float, talk: Talk, tell: Callable[[Pulled], None]) -> None:
+def watch(
+    wish: Wish, every_s: float, talk: Talk, tell: Callable[[Pulled], None], options: Options | None = None
+) -> None:
     """`pull`, and again whenever the index changes, until it is interrupted; `tell` of each release that came.
 
     A failure is said, and what is installed stays; only the first pull may end it.
@@ -1986,11 +1988,11 @@ def watch(wish: Wish, every_s: float, talk: Talk, tell: Callable[[Pulled], None]
     Raises:
         PullError: the first pull failed for a reason that time does not mend.
     """
-    options = Options(retries=2)
+    options = options or Options(retries=2)
     registry = Registry(source_of(wish.source, options), wish.recipe, talk, options)
     done: bytes | None = None
     refused: bytes | None = None
-    again = 0.0
+    again, away = 0.0, ""
     while True:
         try:
             registry.index()
@@ -1999,8 +2001,11 @@ def watch(wish: Wish, every_s: float, talk: Talk, tell: Callable[[Pulled], None]
                 if found.changed or done is None:
                     tell(found)
                 done = registry.text
+            away = ""
         except UnavailableError as error:
-            talk.say(f"{error.message}; looking again in {every_s:g} s")
+            if away != error.message:  # once, and not each time
+                talk.say(f"{error.message}; looking again every {every_s:g} s")
+            away = error.message
         except PullError as error:
             if done is None:
                 raise
@@ -2087,12 +2092,12 @@ def _work(given: argparse.Namespace) -> None:
         print(json.dumps(plain(pulled)) if given.json else words(pulled), flush=True)
 
     wish, talk = wish_of(given), Talk(quiet=given.quiet)
+    options = Options(retries=min(given.retries, 2) if given.watch else given.retries, timeout_s=given.timeout)
     if given.back:
         tell(back(wish, talk))
     elif given.watch:
-        watch(wish, given.every, talk, tell)
+        watch(wish, given.every, talk, tell, options)
     else:
-        options = Options(retries=given.retries, timeout_s=given.timeout)
         tell(pull(wish, talk, Registry(source_of(wish.source, options), wish.recipe, talk, options)))
 
 
