@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline import channels, depots, git, layout, manifest, pull, registry, tags
 from pipeline.channels import Promoted
 from pipeline.depot import Depot
-from pipeline.errors import ExportyardError, ReleaseError, UnavailableError, WorkspaceError
+from pipeline.errors import ExportyardError, ReleaseError, UnavailableError, WorkspaceError, unknown
 from pipeline.registry import Release
 from pipeline.tags import Version
 
@@ -35,8 +35,10 @@ def released(root: Path, recipe: str | None, versions: Collection[Version] | Non
     known = [tag for tag in registry.tags_of(root) if tag.folder == folder]
     if recipe is None:
         return sorted({tag.recipe for tag in known})
-    for version in [str(one) for one in versions] if versions else [None]:
-        registry.pick(known, recipe, version, "this repository")
+    if recipe not in {tag.recipe for tag in known}:
+        raise unknown("released recipe", recipe, {tag.recipe for tag in known}, where="this repository")
+    for version in versions or ():
+        registry.pick(known, recipe, str(version), "this repository")
     return [recipe]
 
 
@@ -51,24 +53,32 @@ def mirror(
         verify: get those that are there again, too, compare every byte, and replace what is damaged.
 
     Raises:
-        ReleaseError: a release can't be read, or the registry has another one of that version.
+        ReleaseError: a release can't be read, or the registry has another one of that version; the others are there.
         UnavailableError: the registry can't be reached or written.
     """
     found = registry.versions(root, recipe)
     wanted = [one for one in reversed(found) if versions is None or one.version in versions]
     known = layout.index(depot, recipe).releases()
-    fresh, sent = [], 0
+    there, fresh, sent, failures = [], [], 0, []
     for release in wanted:
         entry = known.get(str(release.version))
         why = _why_withdrawn(root, release)
-        if entry is not None and not verify and layout.notes(entry).get(layout.WITHDRAWN) == why:
-            continue
-        done = _put(root, depot, release, why, verify=verify)
-        sent += done.sent_bytes
-        if done.changed:
-            fresh.append(done.version)
+        if entry is None or verify or layout.notes(entry).get(layout.WITHDRAWN) != why:
+            try:
+                done = _put(root, depot, release, why, verify=verify)
+            except ReleaseError as error:  # the others are none the worse for it
+                failures.append(error)
+                continue
+            sent += done.sent_bytes
+            fresh += [done.version] if done.changed else []
+        there.append(str(release.version))
     channels.carry_over(root, depot, recipe)
-    return Mirrored(recipe, tuple(str(one.version) for one in wanted), tuple(fresh), sent)
+    if failures:
+        more = f" (and {len(failures) - 1} other versions failed, too)" if len(failures) > 1 else ""
+        raise ReleaseError(
+            f"{failures[0].message}{more}; the registry has {len(there)} versions", hint=failures[0].hint
+        )
+    return Mirrored(recipe, tuple(there), tuple(fresh), sent)
 
 
 def promoted(root: Path, depot: Depot, recipe: str, done: Promoted) -> None:

@@ -113,6 +113,14 @@ def test_mirror_brings_all_that_git_has_and_nothing_twice(root, depot, capsys):
     assert "give either" in exportyard(capsys, root, "mirror", code=2)
 
 
+def test_a_release_that_cannot_be_had_does_not_keep_the_others_away(root, depot, capsys):
+    run(root, "git", "tag", "-a", "toy@v0.9.0", "-m", "by hand", "HEAD~4")
+    said = exportyard(capsys, root, "mirror", "toy", code=12)
+    assert "`toy@v0.9.0`" in said
+    assert "the registry has 3 versions" in said
+    assert [*layout.index(depot, "toy").releases()] == ["1.0.0", "1.1.0", "1.2.0"]
+
+
 def test_promote_and_roll_back(root, depot, capsys):
     for version in ("1.0.0", "1.1.0", "1.2.0"):
         assert exportyard(capsys, root, "promote", f"toy@{version}", "prod").startswith(f"toy#prod is {version}")
