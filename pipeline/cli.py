@@ -410,6 +410,7 @@ def pull(
 
 
 def _pull_by_git(wanted: Wish, where: str, *, as_json: bool) -> None:
+    from pipeline import manifest
     from pipeline.pull import fetch
 
     pulled = fetch(where, wanted.recipe, wanted.version or None, wanted.targets or None, wanted.to, wanted.key)
@@ -418,8 +419,11 @@ def _pull_by_git(wanted: Wish, where: str, *, as_json: bool) -> None:
         print(json.dumps(found, indent=2))
         return
     state = "" if pulled.changed else " was there already"
+    verified = "all verified" if wanted.key is None else "signature and digests verified"
     size = console.size(pulled.size_bytes)
-    print(f"{pulled.tag} in {wanted.to}{state}: {', '.join(pulled.targets)} ({size}, all verified)")
+    print(f"{pulled.tag} in {wanted.to}{state}: {', '.join(pulled.targets)} ({size}, {verified})")
+    if wanted.key is None and manifest.SIGNATURE in pulled.manifest.beside:
+        console.say("its signature was not checked (`--key FILE.pub` does)")
 
 
 @app.command()

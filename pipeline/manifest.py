@@ -195,13 +195,14 @@ def parse(text: str, where: str) -> Manifest:
             f"`{where}` is not a release manifest: {key + ': ' if key else ''}{fault['msg']}",
             hint="get the release again; if it was made by a newer exportyard, update this one",
         ) from None
-    twice = _repeated(file.path for file in found.files())
+    twice = repeated(file.path for file in found.files())
     if twice is not None:
         raise ReleaseError(f"`{where}` lists `{twice}` twice", hint="get the release again")
     return found
 
 
-def _repeated(names: Iterable[str]) -> str | None:
+def repeated(names: Iterable[str]) -> str | None:
+    """The first of `names` that was there before."""
     seen: set[str] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
 from pipeline import attest, digest, manifest, sbom, trust
 from pipeline.errors import ReleaseError
 from pipeline.manifest import PROVENANCE, SBOM, SIGNATURE, Manifest
+from pipeline.papers import Paper, Provenance, Sbom, Signed
+
+Kind = TypeVar("Kind", bound=Paper)
 
 _AGAIN = "get the release again, from where it was published"
 
@@ -92,61 +94,35 @@ def _check_expected(folder: Path, found: Manifest, expected: str) -> None:
 def _provenance(folder: Path, found: Manifest) -> Check:
     if PROVENANCE not in found.beside:
         return _absent("provenance", found)
-    said = _json(folder, PROVENANCE)
-    _same_files(PROVENANCE, _subjects(said), _digests(folder, found, ()))
-    try:
-        definition = said["predicate"]["buildDefinition"]
-        parameters = definition["externalParameters"]
-        told = [said["_type"], said["predicateType"], parameters["recipe"], parameters["version"]]
-        made_from = {one["name"]: one["digest"] for one in definition["resolvedDependencies"]}
-    except (KeyError, TypeError):
-        raise _refused(f"`{PROVENANCE}` is no SLSA provenance") from None
-    if told != [trust.STATEMENT, attest.SLSA, found.recipe, found.version]:
+    said = _read(folder, PROVENANCE, Provenance)
+    subjects = [(one.name, one.digest.get("sha256", "")) for one in said.subject]
+    _same_files(PROVENANCE, subjects, _digests(folder, found, ()))
+    definition = said.predicate.definition
+    if (definition.parameters.recipe, definition.parameters.version) != (found.recipe, found.version):
         raise _refused(f"`{PROVENANCE}` is about another release")
     expected = {one["name"]: one["digest"] for one in attest.dependencies(found, None)}
-    for name in sorted({*expected, *made_from}):
-        if expected.get(name) != made_from.get(name):
+    told = {one.name: one.digest for one in definition.dependencies}
+    for name in sorted({*expected, *told}):
+        if expected.get(name) != told.get(name):
             raise _refused(f"`{PROVENANCE}` and the manifest do not agree on `{name}`")
-    return Check(
-        "provenance",
-        "verified",
-        f"made from commit {found.source.commit[:10]}{' with uncommitted changes' if found.source.dirty else ''}",
-    )
-
-
-def _subjects(said: Any) -> dict[str, str]:
-    try:
-        return {one["name"]: one["digest"]["sha256"] for one in said["subject"]}
-    except (KeyError, TypeError):
-        raise _refused(f"`{PROVENANCE}` is no SLSA provenance") from None
+    dirty = " with uncommitted changes" if found.source.dirty else ""
+    return Check("provenance", "verified", f"made from commit {found.source.commit[:10]}{dirty}")
 
 
 def _sbom(folder: Path, found: Manifest) -> Check:
     if SBOM not in found.beside:
         return _absent("SBOM", found)
-    said = _json(folder, SBOM)
-    try:
-        kind, about = said["bomFormat"], said["metadata"]["component"]
-        release = {one["alg"]: one["content"] for one in about["hashes"]}
-        files = dict(_hashed(said["components"]))
-        packages = {(one["name"], one["version"]) for one in said["components"] if one["type"] == "library"}
-    except (KeyError, TypeError):
-        raise _refused(f"`{SBOM}` is no bill of materials in CycloneDX") from None
-    whole = {"SHA-256": digest.of_file(folder / manifest.FILE)}
-    if (kind, about["name"], about["version"], release) != ("CycloneDX", found.recipe, found.version, whole):
+    said = _read(folder, SBOM, Sbom)
+    about, whole = said.metadata.component, digest.of_file(folder / manifest.FILE)
+    if (about.version, about.files()) != (found.version, [(found.recipe, whole)]):
         raise _refused(f"`{SBOM}` is about another release")
+    files = [pair for one in said.components for pair in one.files()]
     _same_files(SBOM, files, {file.path: file.sha256 for file in found.files()})
+    packages = {(one.name, one.version or "") for one in said.components if one.type == "library"}
     strange = packages.symmetric_difference(sbom.packages(found))
     if strange:
         raise _refused(f"`{SBOM}` and the manifest do not agree on the package `{min(strange)[0]}`")
     return Check("SBOM", "verified", f"{len(found.engines)} engines, made by {len(packages)} packages")
-
-
-def _hashed(components: Any) -> Iterator[tuple[str, str]]:
-    """Name and sha256 of every file among components, and among the components of these."""
-    for one in components:
-        yield from ((one["name"], found["content"]) for found in one.get("hashes", ()) if found["alg"] == "SHA-256")
-        yield from _hashed(one.get("components", ()))
 
 
 def _signature(folder: Path, found: Manifest, key: Path | None) -> Check:
@@ -157,18 +133,13 @@ def _signature(folder: Path, found: Manifest, key: Path | None) -> Check:
                 hint=f"publish it with `{trust.SIGNING_KEY}`, or verify it without a key",
             )
         return _absent("signature", found)
-    where = f"`{folder / SIGNATURE}`"
-    said = trust.read_bundle((folder / SIGNATURE).read_text(errors="replace"), key, where)
+    statement = trust.read_bundle((folder / SIGNATURE).read_text(errors="replace"), key, f"`{folder / SIGNATURE}`")
     try:
-        resources = said["predicate"]["resources"]
-        signed = {one["name"]: one["digest"] for one in resources if one["algorithm"] == "sha256"}
-        kind = said["predicateType"]
-    except (KeyError, TypeError):
-        raise _refused(f"`{SIGNATURE}` does not say which files it is for") from None
-    if kind != attest.MODEL_SIGNATURE:
-        raise _refused(f"`{SIGNATURE}` is not a signature over files")
-    beside = [name for name in found.beside if name != SIGNATURE]
-    _same_files(SIGNATURE, signed, _digests(folder, found, beside))
+        said = Signed.model_validate(statement)
+    except ValidationError as error:
+        raise _unreadable(SIGNATURE, error) from None
+    signed = [(one.name, one.digest) for one in said.predicate.resources]
+    _same_files(SIGNATURE, signed, _digests(folder, found, [name for name in found.beside if name != SIGNATURE]))
     if key is None:
         return Check("signature", "unchecked", f"give the public key (`--key` or {trust.PUBLIC_KEY}) to check it")
     return Check("signature", "verified", f"every file is signed by `{key}`")
@@ -180,13 +151,17 @@ def _digests(folder: Path, found: Manifest, beside: Collection[str]) -> dict[str
     return there | {file.path: file.sha256 for file in found.files()}
 
 
-def _same_files(where: str, told: Mapping[str, str], there: Mapping[str, str]) -> None:
-    for path in sorted({*told, *there}):
-        if path not in told:
+def _same_files(where: str, told: Sequence[tuple[str, str]], there: Mapping[str, str]) -> None:
+    twice = manifest.repeated(name for name, _ in told)
+    if twice is not None:
+        raise _refused(f"`{where}` speaks twice about `{twice}`")
+    digests = dict(told)
+    for path in sorted({*digests, *there}):
+        if path not in digests:
             raise _refused(f"`{where}` says nothing about `{path}`")
         if path not in there:
             raise _refused(f"`{where}` is also about `{path}`, which the release does not have")
-        if told[path] != there[path]:
+        if digests[path] != there[path]:
             raise _refused(f"`{path}` is not what `{where}` says (sha256 differs)")
 
 
@@ -194,11 +169,17 @@ def _absent(what: str, found: Manifest) -> Check:
     return Check(what, "absent", f"`{found.recipe}@{found.version}` was published without")
 
 
-def _json(folder: Path, name: str) -> Any:
+def _read(folder: Path, name: str, kind: type[Kind]) -> Kind:
     try:
-        return json.loads((folder / name).read_text())
-    except (ValueError, RecursionError):
-        raise _refused(f"`{name}` is not JSON") from None
+        return kind.model_validate_json((folder / name).read_bytes())
+    except ValidationError as error:
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, error: ValidationError) -> ReleaseError:
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    return _refused(f"`{name}` is not in its form: {key + ': ' if key else ''}{fault['msg']}")
 
 
 def _refused(what: str) -> ReleaseError:

@@ -42,7 +42,10 @@ def damage_papers(root):
 def test_from_the_publisher_to_the_device(bench, key, tmp_path, capsys, monkeypatch):
     assert run(bench, *PUBLISH) == 0
     device = tmp_path / "device"
+    assert pull(bench, device) == 0
+    assert "its signature was not checked" in capsys.readouterr().err
     assert pull(bench, device, "--key", f"{key}.pub") == 0
+    assert "signature and digests verified" in capsys.readouterr().out
     found = verification.verify(device, key.with_name("key.pub"), "tiny@1.0.0")
     assert [check.state for check in found.checks] == ["verified"] * 4
     said = json.loads((device / "provenance.json").read_text())["predicate"]

@@ -1,10 +1,13 @@
 """What is refused: every change to a release, and every release that somebody else has signed."""
 
+import base64
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from random import Random
 
 import pytest
 
@@ -104,10 +107,10 @@ def truncate(release, name):
         (lambda it: ((it / ENGINE).unlink(), (it / ENGINE).symlink_to("/etc/passwd")), "is missing"),
         (lambda it: truncate(it, "manifest.json"), "is not a release manifest"),
         (lambda it: (it / "manifest.json").unlink(), "holds no release"),
-        (lambda it: truncate(it, "provenance.json"), r"`provenance\.json` is not JSON"),
-        (lambda it: change(it, "provenance.json", b"[]"), "is no SLSA provenance"),
+        (lambda it: truncate(it, "provenance.json"), r"`provenance\.json` is not in its form: Invalid JSON"),
+        (lambda it: change(it, "provenance.json", b"[]"), r"`provenance\.json` is not in its form: Input should be"),
         (lambda it: (it / "provenance.json").unlink(), r"`provenance\.json` is missing"),
-        (lambda it: change(it, "sbom.json", b"{}"), "no bill of materials"),
+        (lambda it: change(it, "sbom.json", b"{}"), r"`sbom\.json` is not in its form: bomFormat: Field required"),
         (lambda it: (it / "sbom.json").unlink(), r"`sbom\.json` is missing"),
         (lambda it: truncate(it, "signature.json"), "no Sigstore bundle"),
         (lambda it: change(it, "signature.json", b"\xff"), "no Sigstore bundle"),
@@ -134,7 +137,8 @@ def rewrite(release, name, edit):
         ("provenance.json", lambda it: it["subject"].pop(), "says nothing about"),
         ("provenance.json", lambda it: it["subject"].append({"name": "x", "digest": {"sha256": ""}}), "also about `x`"),
         ("provenance.json", lambda it: it["subject"][0]["digest"].update(sha256="0" * 64), "is not what"),
-        ("provenance.json", lambda it: it.update(predicateType="other"), "about another release"),
+        ("provenance.json", lambda it: it["subject"].append(it["subject"][0]), "speaks twice about"),
+        ("provenance.json", lambda it: it.update(predicateType="other"), "not in its form: predicateType"),
         (
             "provenance.json",
             lambda it: it["predicate"]["buildDefinition"]["externalParameters"].update(version="9.9.9"),
@@ -207,7 +211,7 @@ def test_an_older_release_in_the_place_of_a_newer_one(base, key):
 def test_a_statement_over_something_else_is_no_signature_over_files(release, base, key):
     said = {"_type": trust.STATEMENT, "predicateType": "urn:exportyard:channel:v1", "predicate": {"resources": []}}
     (release / "signature.json").write_text(trust.sign_bundle(said, base / "key"))
-    with pytest.raises(ReleaseError, match="not a signature over files"):
+    with pytest.raises(ReleaseError, match=r"`signature\.json` is not in its form: predicateType"):
         verification.verify(release, key)
 
 
@@ -260,13 +264,31 @@ def test_addresses_of_repositories(origin, uri):
     assert attest.public_uri(origin) == uri
 
 
-def test_openssf_model_signing_agrees(release, key):
+def test_openssf_model_signing_agrees(release, base, key):
+    """It verifies what we sign, and we verify what it signs."""
     pytest.importorskip("model_signing", reason="needs the extra `trust`")
-    command = [sys.executable, "-W", "ignore", "-m", "model_signing", "verify", "key", str(release)]
-    command += ["--signature", str(release / "signature.json"), "--public_key", str(key)]
     (release / "artifact.json").write_text("{}")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    signature = str(release / "signature.json")
+    tool = [sys.executable, "-W", "ignore", "-m", "model_signing"]
+    releases = [str(release), "--signature", signature]
+    for command in (
+        [*tool, "verify", "key", *releases, "--public_key", str(key)],
+        [
+            *tool,
+            "sign",
+            "key",
+            *releases,
+            "--private_key",
+            str(base / "key"),
+            "--ignore-paths",
+            f"{release}/artifact.json",
+        ],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "signature.json" in (release / "manifest.json").read_text()
+    assert (release / "signature.json").read_bytes() != (base / "two" / "signature.json").read_bytes()
+    assert states(verification.verify(release, key)) == ALL_GOOD
 
 
 def test_the_papers_keep_to_their_schemas(release):
@@ -282,3 +304,74 @@ def test_the_papers_keep_to_their_schemas(release):
     json_format.ParseDict(said["predicate"], slsa.Provenance())  # refuses a field that it doesn't know
     statement = json_format.ParseDict(said, statements.Statement([], "", {}).pb)
     statements.Statement.copy_from_pb(statement).validate()
+
+
+def nodes(content, path=()):
+    """Where everything is in a JSON value."""
+    yield path
+    inside = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in inside:
+        yield from nodes(value, (*path, key))
+
+
+def replaced(content, path, value):
+    if not path:
+        return value
+    copy = dict(content) if isinstance(content, dict) else list(content)
+    copy[path[0]] = replaced(content[path[0]], path[1:], value)
+    return copy
+
+
+JUNK = (None, 0, "", "x", [], {}, ["x"], {"x": 1}, [[]], [{}], True)
+
+
+@pytest.mark.parametrize("name", ["provenance.json", "sbom.json", "signature.json"])
+def test_nonsense_anywhere_in_the_papers_ends_in_a_message(release, base, name):
+    """Only what says nothing about the release may be changed, and never with a key."""
+    known = (release / name).read_text()
+    content = json.loads(known)
+    if name == "signature.json":
+        content = json.loads(base64.b64decode(content["dsseEnvelope"]["payload"]))
+    found = manifest.load(release)
+    for path in nodes(content):
+        for junk in JUNK:
+            text = json.dumps(replaced(content, path, junk))
+            if name == "signature.json":
+                bundle = json.loads(known)
+                bundle["dsseEnvelope"]["payload"] = base64.b64encode(text.encode()).decode()
+                text = json.dumps(bundle)
+            (release / name).write_text(text)
+            with contextlib.suppress(ReleaseError):
+                verification.papers(release, found, None)
+    with pytest.raises(ReleaseError):
+        verification.papers(release, found, base / "key.pub")
+
+
+def test_random_damage_is_always_noticed(release, base):
+    """A changed, missing or longer file, whichever and wherever; the signature may only be written in another way."""
+    random = Random(0)
+    files = sorted(path for path in release.rglob("*") if path.is_file())
+    for _ in range(300):
+        path = random.choice(files)
+        data = path.read_bytes()
+        place = random.randrange(len(data))
+        damaged = random.choice(
+            [
+                data[:place],
+                data + data[place:] or b"x",
+                data[:place] + bytes([data[place] ^ 1 << random.randrange(8)]) + data[place + 1 :],
+                data[:place] + random.choice(files).read_bytes()[:9] + data[place + 9 :],
+            ]
+        )
+        if damaged == data:
+            continue
+        path.write_bytes(damaged)
+        try:
+            found = verification.verify(release, base / "key.pub")
+        except ReleaseError:
+            pass
+        else:
+            assert path.name == "signature.json", path
+            assert states(found) == ALL_GOOD
+        path.write_bytes(data)
+    assert states(verification.verify(release, base / "key.pub")) == ALL_GOOD
