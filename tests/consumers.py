@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import depots, layout, manifest, run
+from pipeline import attest, depots, layout, manifest, run, trust
 from pipeline.stages.publish import lay_out
 from pipeline.workspace import Workspace
 from tests import workspaces
@@ -102,8 +102,8 @@ ROWS = (
 ARM_ROWS = ORT_ROW.format(name=ORT) + TVM_ROW.format(machine="aarch64", arch="cortex-a72")
 
 
-def released(root: Path, *, rows: str, recipe: str = RECIPE, model: str = MODEL) -> Path:
-    """The folder of release 1.0.0 of `tiny`, made in the workspace `root`; neither tagged nor pushed."""
+def released(root: Path, *, rows: str, recipe: str = RECIPE, model: str = MODEL, key: Path | None = None) -> Path:
+    """The folder of release 1.0.0 of `tiny`, made in the workspace `root`; signed with `key`, not tagged or pushed."""
     workspaces.tiny(root, rows=rows, recipe=recipe, model=model)
     shift = np.arange(32) % 10
     np.savez(root / "recipes" / "tiny" / "evaluation.npz", images=workspaces.images(32, 2), shift=shift)
@@ -113,7 +113,9 @@ def released(root: Path, *, rows: str, recipe: str = RECIPE, model: str = MODEL)
     sources = job.program().stored, job.checkpoint().stored, job.data().stored
     out = root.parent / "release"
     out.mkdir()
-    lay_out(job.recipe, [found.chosen() for found in verdicts], {}, {}, *sources, "1.0.0", "0" * 40, False, out)
+    chosen, beside = [found.chosen() for found in verdicts], attest.names(key)
+    lay_out(job.recipe, chosen, {}, {}, *sources, "1.0.0", "0" * 40, False, out, beside=beside)
+    attest.write(out, None, key)
     return out
 
 
@@ -124,19 +126,32 @@ def ran(*command: object, cwd: Path | None = None, env: dict[str, str] | None = 
     return done.returncode, done.stdout + done.stderr
 
 
-def shelved(release: Path, registry: Path, channel: str) -> None:
-    """Put a release into a registry, as its version and as `channel`."""
+def shelved(release: Path, registry: Path, channel: str, serial: int, key: Path) -> None:
+    """Put a release into a registry, as its version and as `channel`, whose assignment is signed with `key`."""
     registry.mkdir(parents=True, exist_ok=True)
     depot = depots.at(registry)
-    recipe = manifest.parse((release / manifest.FILE).read_text(), str(release)).recipe
-    layout.lay_out(release, depot)
+    made = manifest.parse((release / manifest.FILE).read_text(), str(release))
+    top = layout.lay_out(release, depot).digest
+    said = {
+        "_type": trust.STATEMENT,
+        "subject": [{"name": made.recipe, "digest": {"sha256": top.removeprefix("sha256:")}}],
+        "predicateType": "urn:exportyard:channel:v1",
+        "predicate": {"recipe": made.recipe, "channel": channel, "version": made.version, "serial": serial},
+    }
+    more = {
+        layout.NAME: channel,
+        layout.OF_CHANNEL: channel,
+        "dev.exportyard.serial": str(serial),
+        "dev.exportyard.statement": layout.put_blob(depot, made.recipe, trust.sign_statement(said, key)),
+    }
 
     def assigned(index: layout.Index) -> layout.Index:
-        newest = [*index.releases().values()][-1]
-        more = {layout.NAME: channel, layout.OF_CHANNEL: channel}
-        return layout.Index(recipe, (*index.entries, newest | {"annotations": layout.notes(newest) | more}))
+        entry = index.releases()[made.version]
+        before = [one for one in index.entries if layout.notes(one).get(layout.OF_CHANNEL) == channel]
+        fresh = entry | {"annotations": layout.notes(entry) | more}
+        return layout.Index(made.recipe, (*index.without(before).entries, fresh))
 
-    layout.change(depot, recipe, assigned)
+    layout.change(depot, made.recipe, assigned)
 
 
 def package(name: str) -> Path:

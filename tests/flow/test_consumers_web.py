@@ -1,11 +1,13 @@
 """The page and the Node program in examples/consumers: they get a release from a static server, check it and run it."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline import trust
 from tests import browser, consumers, extras, workspaces
 from tests.consumers import BUCKETS, EXAMPLES, ORT, ran
 
@@ -14,17 +16,26 @@ RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A release folder; not to be changed."""
+def keys(tmp_path_factory):
+    """A pair of the publisher's, and one of somebody else."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("release", "other"):
+        trust.keygen(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, keys):
+    """A signed release folder; not to be changed."""
     rows = consumers.ORT_ROW.format(name=ORT) + consumers.ORT_ROW.format(name=BUCKETS) + "    buckets = 'auto'\n"
     root = tmp_path_factory.mktemp("web") / "yard"
-    return consumers.released(root, rows=rows, recipe=workspaces.RECIPE, model=workspaces.MODEL)
+    return consumers.released(root, rows=rows, recipe=workspaces.RECIPE, model=workspaces.MODEL, key=keys / "release")
 
 
 @pytest.fixture
-def registry(folder, tmp_path) -> Path:
-    """A registry with the release, and the channel `prod`."""
-    consumers.shelved(folder, tmp_path / "site" / "models", "prod")
+def registry(folder, keys, tmp_path) -> Path:
+    """A registry with the release, and the second assignment of the channel `prod`."""
+    consumers.shelved(folder, tmp_path / "site" / "models", "prod", 2, keys / "release")
     return tmp_path / "site" / "models"
 
 
@@ -83,6 +94,68 @@ def test_node_refuses_what_was_not_published(check, registry, folder):
     assert unknown == (2, 'check.mjs: tiny has no version or channel "stable"; it has v1.0.0, prod\n')
 
 
+@pytest.mark.parametrize("source", ["folder", "version", "channel"])
+def test_node_checks_signatures(check, folder, registry, keys, source):
+    words = {"folder": (folder,), "version": ("URL", "tiny", "1.0.0"), "channel": ("URL", "tiny", "prod")}[source]
+    with browser.served(registry) as url:
+        good, bad = (
+            check(*(url if word == "URL" else word for word in words), "--target", ORT, "--key", keys / f"{name}.pub")
+            for name in ("release", "other")
+        )
+    what = "the channel prod" if source == "channel" else "the release"
+
+    assert good[0] == 0, good[1]
+    assert bad == (2, f"check.mjs: {what} is not signed with the key that was given\n")
+
+
+def test_node_compares_what_lies_beside_with_the_signature(check, folder, keys, tmp_path):
+    shutil.copytree(folder, tmp_path / "release")
+    with (tmp_path / "release" / "sbom.json").open("a") as stream:
+        stream.write(" ")
+    code, told = check(tmp_path / "release", "--target", ORT, "--key", keys / "release.pub")
+
+    assert (code, told) == (2, "check.mjs: sbom.json is not what was signed\n")
+
+
+def entries(registry, change):
+    """Change the entries of the index."""
+    path = registry / "tiny" / "index.json"
+    index = json.loads(path.read_text())
+    index["manifests"] = change(index["manifests"])
+    path.write_text(json.dumps(index))
+
+
+def test_node_is_not_led_to_another_release(check, registry, keys):
+    def renamed(found):
+        for one in found:
+            notes = one["annotations"]
+            notes["dev.exportyard.version"] = "1.0.1"
+            if "dev.exportyard.channel" not in notes:
+                notes["org.opencontainers.image.ref.name"] = "v1.0.1"
+        return found
+
+    entries(registry, renamed)
+    with browser.served(registry) as url:
+        version = check(url, "tiny", "1.0.1")
+        channel = check(url, "tiny", "prod", "--key", keys / "release.pub")
+
+    assert version == (2, "check.mjs: the registry gives tiny v1.0.0 for tiny v1.0.1\n")
+    assert channel == (2, "check.mjs: the registry says that prod is v1.0.1, which is not what was signed\n")
+
+
+def test_node_wants_signatures_where_it_has_a_key(check, registry, keys):
+    def unsigned(found):
+        for one in found:
+            one["annotations"].pop("dev.exportyard.statement", None)
+        return found
+
+    entries(registry, unsigned)
+    with browser.served(registry) as url:
+        channel = check(url, "tiny", "prod", "--key", keys / "release.pub")
+
+    assert channel == (2, "check.mjs: tiny#prod is not signed\n")
+
+
 def test_python_runs_what_the_puller_has_got(registry, tmp_path):
     with browser.served(registry) as url:
         options = ("--from", url, "--to", tmp_path / "tiny", "--target", "auto", "--backend", "onnxruntime")
@@ -108,13 +181,18 @@ def site(registry) -> Path:
     return root
 
 
-def test_the_page_reproduces_the_golden_vectors_and_reads_drawings(site, folder, tmp_path):
+def test_the_page_reproduces_the_golden_vectors_and_reads_drawings(site, folder, keys, tmp_path):
+    shutil.copy(keys / "release.pub", site)
     with browser.served(site) as url, browser.browser(tmp_path / "chromium") as page:
-        page.open(f"{url}/index.html?recipe=tiny&ref=prod")
+        page.open(f"{url}/index.html?recipe=tiny&ref=prod&key=release.pub")
         state, text = page.wait("document.body.dataset.state"), page.value("document.body.innerText")
         page.draw(CORNERS, "#pad")
         answer = page.wait("/^[0-3]$/.exec(document.getElementById('answer').textContent)?.[0]")
         shares = page.value("[...document.querySelectorAll('#bars span')].map((one) => parseFloat(one.textContent))")
+
+        consumers.shelved(folder, site / "models", "prod", 1, keys / "release")
+        page.open(f"{url}/index.html?recipe=tiny&ref=prod&key=release.pub&again=1")
+        back = page.wait("document.body.dataset.state"), page.value("document.body.innerText")
 
         spoil(site / "models", folder, f"engines/{ORT}/model.onnx")
         page.open(f"{url}/index.html?recipe=tiny")
@@ -127,5 +205,8 @@ def test_the_page_reproduces_the_golden_vectors_and_reads_drawings(site, folder,
     assert len(shares) == 4
     assert sum(shares) == pytest.approx(100, abs=0.3)
     assert shares[int(answer)] == max(shares)
+    assert "the signature, with the key" in text
+    assert back[0] == "failed"
+    assert "tiny#prod was turned back: 2 was seen here, the registry gives 1" in back[1]
     assert refused[0] == "failed"
     assert "has other bytes than were published (sha256 differs)" in refused[1]

@@ -1,9 +1,10 @@
-// The page: gets the release that the address names (?registry=URL&recipe=digits&ref=prod&target=T), checks it on its
+// The page: gets the release that the address names (?registry=URL&recipe=digits&ref=prod&target=T&key=URL), checks it on its
 // golden vectors, and reads what is drawn.
 
 import * as ort from "onnxruntime-web";
 import {fromRegistry} from "./release.mjs";
 import {drawing, picture} from "./drawing.mjs";
+import {publicKey} from "./trust.mjs";
 
 const byId = (id) => document.getElementById(id);
 const query = new URLSearchParams(location.search);
@@ -16,14 +17,27 @@ function pick(release) {
   return [...web, ...release.targets((row) => row.options.optimization !== "all")][0];
 }
 
-function show(release, engine) {
+const serials = {
+  get: (name) => localStorage.getItem(`exportyard:${name}`),
+  set: (name, serial) => localStorage.setItem(`exportyard:${name}`, serial),
+};
+
+async function keyOf(address) {
+  if (!address) return undefined;
+  const answer = await fetch(new URL(address, location.href));
+  if (!answer.ok) throw new Error(`${answer.url}: ${answer.status} ${answer.statusText}`);
+  return publicKey(await answer.text());
+}
+
+function show(release, engine, signed) {
   const {recipe, version, source, checkpoint} = release.manifest;
   byId("release").textContent = `${recipe} v${version}`;
   const size = engine.entry.files.reduce((sum, file) => sum + file.size_bytes, 0);
   const facts = {
     engine: `${engine.target} (${engine.entry.scheme}), ${(size / 1000).toFixed(0)} kB`,
     "made from": `commit ${source.commit.slice(0, 10)}, weights ${Object.values(checkpoint)[0]?.slice(0, 10) ?? "?"}`,
-    runtime: `onnxruntime-web ${ort.env.versions.web}, every byte compared with its digest`,
+    runtime: `onnxruntime-web ${ort.env.versions.web}`,
+    verified: `every byte, by its digest; ${signed ? "the signature, with the key" : "no signature, for want of a key"}`,
   };
   for (const [name, text] of Object.entries(facts)) {
     byId("facts").append(element("dt", name), element("dd", text));
@@ -70,11 +84,13 @@ function showAnswer(logits, took) {
 async function start() {
   const registry = new URL(query.get("registry") ?? "models", location.href);
   const progress = (done, total) => (byId("progress").value = total ? done / total : 0);
-  const release = await fromRegistry(registry, query.get("recipe") ?? "digits", query.get("ref"), progress);
+  const key = await keyOf(query.get("key"));
+  const wishes = {key, serials, progress};
+  const release = await fromRegistry(registry, query.get("recipe") ?? "digits", query.get("ref"), wishes);
   const target = query.get("target") ?? pick(release);
   if (!target) throw new Error("the release has no engine that a browser can run");
   const engine = await release.engine(ort, target, {executionProviders: ["wasm"]});
-  show(release, engine);
+  show(release, engine, key !== undefined);
   showGolden(await engine.check());
   byId("progress").hidden = true;
 

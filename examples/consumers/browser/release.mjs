@@ -1,27 +1,64 @@
 // Reads a release from a registry and runs its ONNX engines: in a browser with onnxruntime-web, in Node with
 // onnxruntime-node. Every byte that comes is compared with its digest before it is used.
 
+import {checkChannel, checkFiles} from "./trust.mjs";
+
 const RELEASE = "application/vnd.exportyard.release.v1";
 const TITLE = "org.opencontainers.image.title";
 const REF = "org.opencontainers.image.ref.name";
 
-/** A release in a registry: `ref` is a version ("1.2.0") or a channel ("prod"); without it, the newest version. */
-export async function fromRegistry(registry, recipe, ref, progress = () => {}) {
+/**
+ * A release in a registry: `ref` is a version ("1.2.0") or a channel ("prod"); without it, the newest version.
+ *
+ * With `key` (of `publicKey` in trust.mjs) the release, and the channel, must be signed with it. `serials` remembers what
+ * a channel has said, with `get(name)` and `set(name, number)`, so that nobody can turn it back. `progress(done, total)`
+ * is told about each download, in bytes.
+ */
+export async function fromRegistry(registry, recipe, ref, {key, serials, progress = () => {}} = {}) {
   const base = `${String(registry).replace(/\/+$/, "")}/${recipe}`;
   const blob = (descriptor) => fetchBlob(base, descriptor, progress);
   const index = parse(await fetchBytes(`${base}/index.json`, {cache: "no-cache"}));
   const chosen = choose(index.manifests, recipe, ref);
+  if (key && note(chosen, "channel")) await checkedChannel(chosen, recipe, key, serials, blob);
   const parts = parse(await blob(chosen)).manifests;
-  const common = parse(await blob(parts.find((part) => part.annotations?.["dev.exportyard.part"] === "release")));
-  const layer = common.layers.find((one) => one.annotations[TITLE] === "manifest.json");
-  const manifest = parse(await blob(layer));
+  const common = parse(await blob(parts.find((part) => note(part, "part") === "release")));
+  const layers = new Map(common.layers.map((layer) => [layer.annotations[TITLE], layer]));
+  const manifest = parse(await blob(layers.get("manifest.json")));
+  const [found, wanted] = [`${manifest.recipe} v${manifest.version}`, `${recipe} v${note(chosen, "version")}`];
+  if (found !== wanted) throw new Error(`the registry gives ${found} for ${wanted}`);
+  if (key) {
+    if (!layers.has("signature.json")) throw new Error(`${found} is not signed`);
+    const beside = [...layers].map(([path, {digest}]) => [path, digest.replace("sha256:", "")]);
+    await checkFiles(parse(await blob(layers.get("signature.json"))), key, signedDigests(manifest, beside));
+  }
   return new Release(manifest, (file) => blob({digest: `sha256:${file.sha256}`, size: file.size_bytes}));
+}
+
+/** What must have been signed: a digest for each path of the manifest, and for what lies beside it. */
+export function signedDigests(manifest, beside) {
+  const files = Object.values(manifest.engines).flatMap((engine) => engine.files);
+  const listed = [...files, manifest.golden.file].map((file) => [file.path, file.sha256]);
+  return Object.fromEntries([...beside.filter(([path]) => path !== "signature.json"), ...listed]);
+}
+
+async function checkedChannel(entry, recipe, key, serials, blob) {
+  const [channel, version, statement] = ["channel", "version", "statement"].map((name) => note(entry, name));
+  const name = `${recipe}#${channel}`;
+  if (!statement) throw new Error(`${name} is not signed`);
+  const envelope = parse(await blob({digest: statement}));
+  const serial = await checkChannel(envelope, key, {recipe, channel, version, digest: entry.digest});
+  const before = Number(serials?.get(name) ?? 0);
+  if (serial < before) throw new Error(`${name} was turned back: ${before} was seen here, the registry gives ${serial}`);
+  serials?.set(name, serial);
+}
+
+function note(entry, name) {
+  return entry.annotations?.[`dev.exportyard.${name}`];
 }
 
 /** What `ref` means in a registry's index. */
 export function choose(entries, recipe, ref) {
   const releases = entries.filter((entry) => entry.artifactType === RELEASE);
-  const note = (entry, name) => entry.annotations?.[`dev.exportyard.${name}`];
   if (ref) {
     const found = releases.find((entry) => [ref, `v${ref}`].includes(entry.annotations?.[REF]));
     if (found) return found;
@@ -196,16 +233,22 @@ export function readSafetensors(bytes) {
 async function fetchBlob(base, descriptor, progress) {
   const wanted = descriptor.digest.replace("sha256:", "");
   const bytes = await fetchBytes(`${base}/blobs/sha256/${wanted}`, {}, descriptor.size, progress);
-  await verify(bytes, wanted, descriptor.size, `blob ${wanted.slice(0, 12)}`);
+  await verify(bytes, wanted, descriptor.size ?? bytes.length, `blob ${wanted.slice(0, 12)}`);
   return bytes;
 }
 
 /** Throw unless `bytes` are those that were published. */
 export async function verify(bytes, sha256, size, what) {
   if (bytes.length !== size) throw new Error(`${what} has ${bytes.length} bytes, expected ${size}`);
+  if ((await digestOf(bytes)) !== sha256) {
+    throw new Error(`${what} has other bytes than were published (sha256 differs)`);
+  }
+}
+
+/** sha256 in hex. */
+export async function digestOf(bytes) {
   const found = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
-  const text = Array.from(found, (byte) => byte.toString(16).padStart(2, "0")).join("");
-  if (text !== sha256) throw new Error(`${what} has other bytes than were published (sha256 differs)`);
+  return Array.from(found, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 async function fetchBytes(url, options, size = 0, progress = () => {}) {
