@@ -108,7 +108,7 @@ def request(job: Job, target: Target) -> str:
     return digest.of_json(
         {
             "exportyard": host.versions(["exportyard"]),
-            "recipe": recipe.model_dump(mode="json", exclude={"summary", "targets", "require"}),
+            "recipe": recipe.model_dump(mode="json", exclude={"summary", "targets", "require", "regression"}),
             "code": code,
             "rows": [row.model_dump(mode="json", exclude={"summary", "limits"}) for row in (target, *built)],
             "records": [digest.of_file(path) for path in shared if path.is_file()],
