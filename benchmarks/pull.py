@@ -135,6 +135,8 @@ def main() -> None:
             f"{one[0] / other[0]:.2f} of curl's speed"
         )
     print(f"median: {statistics.median(one[0] / other[0] for one, other in rows):.2f} of curl's speed")
+    curl_s, pull_s = (min(row[place][0] for row in rows) for place in (0, 1))
+    print(f"fastest rounds: curl {curl_s:.2f} s, pull {pull_s:.2f} s: {curl_s / pull_s:.2f} of curl's speed")
     print(f"memory: {max(other[2] for _, other in rows) / 1e6:.0f} MB at most")
 
 

@@ -64,7 +64,7 @@ SIGNATURE_PREDICATE = "https://model_signing/signature/v1.0"
 STATEMENT = "https://in-toto.io/Statement/v1"
 PAYLOAD = "application/vnd.in-toto+json"
 DOCUMENT_BYTES = 16 << 20  # more is no index and no manifest
-CHUNK, BUFFERS = 256 << 10, 4  # what is read at once, and how many such pieces wait for their digest
+CHUNK, LEAST, BUFFERS = 1 << 20, 16 << 10, 4  # what is read at once, at most and at least; and how many such wait
 AT_ONCE = 4  # files
 KEY = "EXPORTYARD_KEY"
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?")
@@ -696,13 +696,17 @@ class Part:
         Raises:
             KeyboardInterrupt: the pull is to end.
         """
+        piece = LEAST
         while self.have < until:
             if registry.stop.is_set():
                 raise KeyboardInterrupt
             buffer = self.hasher.free.get()
-            count = 0
+            count, begun = 0, time.monotonic()
             try:
-                count = body.readinto(memoryview(buffer)[: min(CHUNK, until - self.have)])
+                count = body.readinto(memoryview(buffer)[: min(piece, until - self.have)])
+                # what is cut off in the middle of a piece is lost: so a slow line gets small ones
+                took = time.monotonic() - begun
+                piece = min(2 * piece, CHUNK) if took < 0.05 else max(piece // 2, LEAST) if took > 0.5 else piece
                 if write and count:
                     _write(self.stream, memoryview(buffer)[:count])
             finally:
