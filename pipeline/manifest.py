@@ -141,6 +141,7 @@ class Manifest(Frozen):
         skipped: for each target without an engine here, the reason.
         tried: for each target, every numeric form that was tried, with its numbers; empty in older releases.
         beside: names of the files about the manifest that the release has; `attest` writes them.
+        signer: identity of the key that has signed it (`trust.key_id`), where there is a signature.
     """
 
     format: Literal[1] = 1
@@ -156,6 +157,7 @@ class Manifest(Frozen):
     tried: Mapping[str, tuple[Tried, ...]] = {}
     golden: Golden
     beside: tuple[Beside, ...] = ()
+    signer: str | None = None
 
     def text(self) -> str:
         """This as it is written: indented, with sorted keys, without what is None, and with a final newline."""

@@ -184,8 +184,9 @@ def code_of(job: Job) -> list[Path]:
 
 
 def _is_same(found: Manifest, job: Job, chosen: Sequence[Chosen]) -> bool:
-    """Whether a release would be a repetition. One that nobody has signed is not, as soon as there is a key."""
-    signed = trust.signing_key() is None or manifest.SIGNATURE in found.beside
+    """Whether a release would be a repetition. With a key, only one that this key has signed is."""
+    key = trust.signing_key()
+    signed = key is None or found.signer == trust.signer(key)
     return signed and _content(found) == _planned_content(job, chosen)
 
 
@@ -236,14 +237,25 @@ def _lay_out(
     evidence.append({name: [one.plain() for one in found] for name, found in tried.items()})
     config: dict[str, JsonValue] = {"version": version, "commit": commit, "dirty": dirty, "skipped": dict(skipped)}
     key, source = trust.signing_key(), attest.public_uri(registry.origin_url(job.workspace.root))
-    config |= {"source": source, "signer": None if key is None else trust.signer(key)}
+    signer = None if key is None else trust.signer(key)
+    config |= {"source": source, "signer": signer}
 
     def work(out: Path) -> Mapping[str, JsonValue]:
         from pipeline.stages.publish import lay_out
 
         models = (program, checkpoint, data)
         facts = lay_out(
-            job.recipe, chosen, skipped, tried, *models, version, commit, dirty, out, beside=attest.names(key)
+            job.recipe,
+            chosen,
+            skipped,
+            tried,
+            *models,
+            version,
+            commit,
+            dirty,
+            out,
+            beside=attest.names(key),
+            signer=signer,
         )
         attest.write(out, source, key, _tools(job))
         return facts

@@ -141,7 +141,8 @@ def _signature(folder: Path, found: Manifest, key: Path | None) -> Check:
     signed = [(one.name, one.digest) for one in said.predicate.resources]
     _same_files(SIGNATURE, signed, _digests(folder, found, [name for name in found.beside if name != SIGNATURE]))
     if key is None:
-        return Check("signature", "unchecked", f"give the public key (`--key` or {trust.PUBLIC_KEY}) to check it")
+        by = f"by the key {found.signer[:10]}; " if found.signer else ""
+        return Check("signature", "unchecked", f"{by}give the public key (`--key` or {trust.PUBLIC_KEY}) to check it")
     return Check("signature", "verified", f"every file is signed by `{key}`")
 
 

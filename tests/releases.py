@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import attest, journal, record, store
+from pipeline import attest, journal, record, store, trust
 from pipeline.manifest import (
     Engine,
     Golden,
@@ -103,7 +103,9 @@ def write_release(
     (folder / "golden.safetensors").write_text(f"golden of {content}")
     made = manifest_of(store.describe(folder), version, recipe)
     if beside or key is not None:
-        made = made.model_copy(update={"beside": attest.names(key)})
+        made = made.model_copy(
+            update={"beside": attest.names(key), "signer": None if key is None else trust.signer(key)}
+        )
     (folder / "manifest.json").write_text(made.text())
     if made.beside:
         attest.write(folder, "git+https://example.com/toys", key)

@@ -49,6 +49,7 @@ def lay_out(
     out: Path,
     *,
     beside: Sequence[Beside] = (),
+    signer: str | None = None,
 ) -> dict[str, JsonValue]:
     """Write a release into the empty folder `out`: engines, golden vectors and ``manifest.json``.
 
@@ -57,7 +58,7 @@ def lay_out(
         tried: for each target, every numeric form that was tried.
         version: semantic version without ``v``.
         commit: of the code that made the engines; `dirty` if recipe or targets had uncommitted changes.
-        beside: the files that `attest` will add.
+        beside: the files that `attest` will add; `signer`: identity of the key that will sign, if any.
 
     Raises:
         ReleaseError: there is no engine, or one of them failed parity.
@@ -84,6 +85,7 @@ def lay_out(
         tried=dict(tried),
         golden=Golden(file=_described(out, manifest.GOLDEN), cases=sizes),
         beside=tuple(beside),
+        signer=signer,
     )
     (out / manifest.FILE).write_text(made.text())
     size = sum(file.size_bytes for file in made.files())

@@ -79,7 +79,9 @@ def test_from_the_publisher_to_the_device(bench, key, tmp_path, capsys, monkeypa
     assert not [path for path in bench.root.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
 
-def test_a_release_that_nobody_signed_is_signed_under_the_next_version(bench, key, tmp_path, capsys, monkeypatch):
+def test_a_release_that_the_key_has_not_signed_is_signed_under_the_next_version(
+    bench, key, tmp_path, capsys, monkeypatch
+):
     monkeypatch.delenv(trust.SIGNING_KEY)
     assert run(bench, *PUBLISH) == 0
     capsys.readouterr()
@@ -90,6 +92,12 @@ def test_a_release_that_nobody_signed_is_signed_under_the_next_version(bench, ke
     assert run(bench, *PUBLISH) == 0
     assert pull(bench, tmp_path / "device", "--key", f"{key}.pub") == 0
     assert verification.verify(tmp_path / "device", key.with_name("key.pub")).manifest.version == "1.0.1"
+
+    trust.keygen(tmp_path / "newer")  # the first one is lost, say
+    monkeypatch.setenv(trust.SIGNING_KEY, str(tmp_path / "newer"))
+    assert run(bench, *PUBLISH) == 0
+    assert run(bench, *PUBLISH) == 0
+    assert bench.tags() == [f"tiny@v1.0.{number}" for number in range(3)]
 
 
 def test_a_key_that_is_not_there_publishes_nothing(bench, key, capsys):
