@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from pipeline import backends, host, samples, store
 from pipeline.backends import aotinductor
@@ -251,11 +253,37 @@ def test_package_runs_without_python(portable, tmp_path):
         want = here(feeds)["out"]
     np.testing.assert_array_equal(np.fromfile(tmp_path / "output_0.raw", np.float32).reshape(want.shape), want)
 
+    assert golden(program, libraries, portable, want, tmp_path / "right") == 0
+    assert golden(program, libraries, portable, want + 1e-3, tmp_path / "wrong") == 1
     assert "has 2304 bytes, expected 768" in run(engine.file("model.pt2"), "1x3x8x8").stderr
     assert "aoti_run: Failed to initialize zip archive" in run("missing.pt2", "3x3x8x8").stderr
     better = tmp_path / "better.pt2"
     _with_metadata(engine.file("model.pt2"), better, "avx2 warp_drive")
     assert "this CPU lacks `warp_drive`" in run(better, "3x3x8x8").stderr
+
+
+def golden(program, libraries, portable, want, folder):
+    """How the program ends on a release with this engine, whose golden answer is `want`."""
+    recipe, _, engine, _ = portable
+    (folder / "engines/any").mkdir(parents=True)
+    shutil.copy(engine.file("model.pt2"), folder / "engines/any")
+    save_file({"min/in/x": samples.feeds(recipe, {"batch": 3}, seed=5)["x"], "min/out/out": want}, folder / "golden")
+    made = {
+        "scheme": "fp32",
+        "target": {"backend": "aotinductor"},
+        "files": [{"path": "engines/any/model.pt2"}],
+        "golden": {"out": {"max_abs": 1e-6}},
+    }
+    manifest = {
+        "recipe": "toy",
+        "version": "1.0.0",
+        "signature": {"inputs": [{"name": "x"}], "outputs": [{"name": "out"}]},
+        "engines": {"any": made},
+        "golden": {"file": {"path": "golden"}, "cases": {"min": {"batch": 3}}},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    env = {"LD_LIBRARY_PATH": str(libraries)}
+    return subprocess.run([program, folder, "any"], env=env, capture_output=True, check=False).returncode
 
 
 def _with_metadata(path, other, features):
