@@ -399,9 +399,9 @@ def pull(
         tell(download.back(wanted))
     elif source is not None and download.is_registry(wanted):
         download.watch(wanted, every, tell) if watch else tell(download.pull(wanted))
-    elif wanted.channel or backend or check or watch or "auto" in (target or ()):
+    elif backend or check or watch or "auto" in (target or ()):
         raise UsageError(
-            f"channels, `auto`, `--check` and `--watch` are for a static registry; `{source or root}` is none "
+            f"`auto`, `--check` and `--watch` are for a static registry; `{source or root}` is none "
             f"that has `{wanted.recipe}`",
             hint="`--from URL|DIR|s3://...`: `<registry>/<recipe>/index.json` must be there",
         )
@@ -409,11 +409,29 @@ def pull(
         _pull_by_git(wanted, source if source is not None else str(workspace.find(root).root), as_json=as_json)
 
 
+def _version_in(wanted: Wish, where: str) -> str:
+    """The version that a channel points to, by the tags of a repository on this machine."""
+    from pipeline import channels
+
+    if not Path(where).is_dir():
+        raise UsageError(
+            f"channels are read from a static registry or a folder; `{where}` is neither that has `{wanted.recipe}`",
+            hint="`--from URL|DIR|s3://...`: `<registry>/<recipe>/index.json` must be there",
+        )
+    found = {name: one.now for name, one in channels.channels(Path(where), wanted.recipe).items()}
+    now = found.get(wanted.channel)
+    if now is None:
+        known = [name for name, event in found.items() if event is not None]
+        raise unknown("channel", wanted.channel, known, where=f"`{wanted.recipe}`")
+    return str(now.version)
+
+
 def _pull_by_git(wanted: Wish, where: str, *, as_json: bool) -> None:
     from pipeline import manifest
     from pipeline.pull import fetch
 
-    pulled = fetch(where, wanted.recipe, wanted.version or None, wanted.targets or None, wanted.to, wanted.key)
+    version = _version_in(wanted, where) if wanted.channel else wanted.version or None
+    pulled = fetch(where, wanted.recipe, version, wanted.targets or None, wanted.to, wanted.key)
     if as_json:
         found = {"tag": pulled.tag, "folder": str(pulled.folder), "targets": pulled.targets, "changed": pulled.changed}
         print(json.dumps(found, indent=2))

@@ -298,6 +298,8 @@ class Web:
             UnavailableError: it will never come.
         """
         request = self._request(name, f"bytes={start}-" if start else "")
+        if name.endswith("/index.json"):  # all else never changes
+            request.add_header("Cache-Control", "no-cache")
         if tag:
             request.add_header("If-None-Match", tag)
         try:

@@ -27,10 +27,7 @@ def publish(registry: Path, release: Path, *, withdrawn: str | None = None) -> s
 
 def release(folder: Path, version: str, content: str, recipe: str = "toy", *, key: Path | None = None) -> Path:
     """A release of two small engines, signed if there is a key."""
-    made = write_release(folder, version, content, recipe)
-    if key is not None:
-        (folder / manifest.FILE).write_text(made.model_copy(update={"beside": ("signature.json",)}).text())
-        sign(folder, key)
+    write_release(folder, version, content, recipe, key=key)
     return folder
 
 
@@ -85,11 +82,15 @@ class Server(ThreadingHTTPServer):
     """A web server with Range and ETag over a folder, which fails as it is told to.
 
     Attributes:
-        faults: how likely each answer is to fail, in some way that `random` chooses.
-        sent: bytes of bodies that were sent, by path; `asked`: the paths, in order, with their Range.
-        ranges: whether it can begin in the middle; `slow`: seconds before each piece of a body.
-        only: end of the paths that fail; `script`: what happens to the next answers, before chance decides;
-            `failed`: how many have failed.
+        faults: how likely each answer is to fail, in some way that `random` chooses among `kinds`.
+        script: what happens to the next answers, before chance decides; empty for one that is right.
+        only: end of the paths that fail.
+        failed: how many have failed.
+        sent: bytes of bodies that were sent, by path.
+        asked: the paths, in order, with their Range; `headers` the same.
+        ranges: whether it can begin in the middle.
+        slow: seconds before each piece of a body.
+        elsewhere: another server, to which all are sent.
     """
 
     daemon_threads = True
@@ -102,7 +103,7 @@ class Server(ThreadingHTTPServer):
         self.headers: list[dict[str, str]] = []
         self.ranges, self.slow, self.failed = True, 0.0, 0
         self.script: list[str] = []
-        self.only = ""
+        self.only = self.elsewhere = ""
         self.kinds = ("500", "503", "drop", "cut", "flip", "garbage", "short", "404", "reset")
         self.lock = threading.Lock()
 
@@ -154,6 +155,12 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked.append((name, span))
             self.server.headers.append(dict(self.headers))
+        if self.server.elsewhere:
+            self.send_response(302)
+            self.send_header("Location", f"{self.server.elsewhere}/{name}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return None
         fault = self.server.fault(name)
         path = self.server.root / name
         if fault in ("500", "503", "404") or not path.is_file():

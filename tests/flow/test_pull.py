@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import initial, manifest, pull
+from pipeline import cli, initial, manifest, pull
 from pipeline.errors import ExportyardError, ReleaseError, UsageError
 from tests.releases import TARGETS, publish, run, write_release
 
@@ -204,6 +204,17 @@ def test_a_withdrawn_release_is_not_the_latest(workspace, tmp_path):
     run(workspace, "git", "tag", "toy@v1.1.0!")
     assert pull.fetch(workspace, "toy", None, None, tmp_path / "latest").version == "1.0.0"
     assert pull.fetch(workspace, "toy", "1.1.0", None, tmp_path / "named").version == "1.1.0"
+
+
+def test_a_channel_of_a_workspace(workspace, tmp_path, capsys):
+    run(workspace, "git", "tag", "-a", "toy#prod#1", "-m", "prod", "toy@v1.0.0^{}")
+    arguments = ["pull", "--from", str(workspace), "--to", str(tmp_path / "here")]
+    assert cli.invoke([*arguments, "toy#prod"]) == 0
+    assert manifest.load(tmp_path / "here").version == "1.0.0"
+    assert cli.invoke([*arguments, "toy#prodd"]) == 2
+    assert "did you mean `prod`" in capsys.readouterr().err
+    assert cli.invoke([*arguments, "toy", "--check"]) == 2
+    assert "are for a static registry" in capsys.readouterr().err
 
 
 def test_a_tag_without_a_manifest(workspace, tmp_path):

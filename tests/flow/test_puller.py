@@ -216,7 +216,7 @@ def test_a_server_that_can_not_begin_in_the_middle(copied, tmp_path):
     with_big(copied, data)
     with serving(copied / "registry") as server:
         server.ranges = False
-        server.only = blobs(copied / "registry", copied / "big")["engines/any-echo/model.bin"].name
+        server.only = blob_of(copied, "engines/any-echo/model.bin")
         server.script = ["cut"] * 3
         pull(server.url, tmp_path / "here", "toy@3.0.0", targets=("any-echo",))
     assert (tmp_path / "here/engines/any-echo/model.bin").read_bytes() == data
@@ -275,6 +275,25 @@ def test_name_and_word_in_the_address_and_a_proxy(shelf, tmp_path, monkeypatch):
         with pytest.raises(puller.UsageError, match="there is no `toy`"):
             pull("http://registry.example/models", tmp_path / "there")
         assert server.asked[0][0] == "http://registry.example/models/toy/index.json"
+
+
+def test_a_server_that_sends_elsewhere(copied, tmp_path):
+    """Redirects are followed, also in the middle; the password is only for the first server."""
+    data = os.urandom(1 << 20)
+    with_big(copied, data)
+    with serving(copied / "registry") as storage, serving(tmp_path) as server:
+        server.elsewhere = storage.url
+        storage.only, storage.script = blob_of(copied, "engines/any-echo/model.bin"), ["cut", "cut"]
+        pull(server.url.replace("://", "://me:word@"), tmp_path / "here", "toy@3.0.0", targets=("any-echo",))
+        assert all("Authorization" in one for one in server.headers)
+        assert not any("Authorization" in one for one in storage.headers)
+        assert [one.get("Cache-Control") for one in server.headers][:2] == ["no-cache", None]
+    assert (tmp_path / "here/engines/any-echo/model.bin").read_bytes() == data
+
+
+def blob_of(shelf: Path, name: str) -> str:
+    """The digest of a file of version 3.0.0."""
+    return blobs(shelf / "registry", shelf / "big")[name].name
 
 
 def test_an_index_that_moves_while_it_is_read(copied, tmp_path, monkeypatch):
@@ -1130,7 +1149,7 @@ def test_the_command_takes_a_registry(shelf, tmp_path, capsys, key):
         assert "unknown version `9.9.9`" in capsys.readouterr().err
         server.faults, server.kinds = 1.0, ("404",)
         assert cli.invoke(["pull", "toy#prod", "--from", server.url, "--to", here]) == 2
-        assert "are for a static registry" in capsys.readouterr().err
+        assert "channels are read from a static registry or a folder" in capsys.readouterr().err
 
 
 def test_the_command_loads_neither_torch_nor_dvc(shelf, tmp_path):
