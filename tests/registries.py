@@ -90,6 +90,7 @@ class Server(ThreadingHTTPServer):
         asked: the paths, in order, with their Range; `headers` the same.
         ranges: whether it can begin in the middle.
         slow: seconds before each piece of a body.
+        stuck: from this request on there is no answer; 0 for never.
         elsewhere: another server, to which all are sent.
     """
 
@@ -101,7 +102,7 @@ class Server(ThreadingHTTPServer):
         self.sent: dict[str, int] = {}
         self.asked: list[tuple[str, str]] = []
         self.headers: list[dict[str, str]] = []
-        self.ranges, self.slow, self.failed = True, 0.0, 0
+        self.ranges, self.slow, self.failed, self.stuck = True, 0.0, 0, 0
         self.script: list[str] = []
         self.only = self.elsewhere = ""
         self.kinds = ("500", "503", "drop", "cut", "flip", "garbage", "short", "404", "reset")
@@ -155,6 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked.append((name, span))
             self.server.headers.append(dict(self.headers))
+        while 0 < self.server.stuck <= len(self.server.asked):
+            time.sleep(0.01)
         if self.server.elsewhere:
             self.send_response(302)
             self.send_header("Location", f"{self.server.elsewhere}/{name}")

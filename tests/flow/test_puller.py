@@ -97,6 +97,8 @@ def test_some_targets_from_a_folder(shelf, tmp_path):
         "engines/linux-echo/model.bin",
         "golden.safetensors",
         "manifest.json",
+        "provenance.json",
+        "sbom.json",
         "signature.json",
     ]
     assert pull(f"file://{shelf}/registry", here, targets=("any-echo",)).changed
