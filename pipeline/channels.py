@@ -234,17 +234,18 @@ def _assign(root: Path, recipe: str, release: Release, channel: str) -> Promoted
         was = str(now.now.version) if now and now.now else None
         if now is not None and now.now is not None and now.now.version == release.version:
             return Promoted(channel, str(release.version), now.now.tag.number, changed=False, was=was)
-        number = max([event.tag.number for event in events], default=0)
+        higher = _higher(here, release.version)
+        # the assignment has the next number, whatever else there is to say: of two at once, one finds it taken
+        number = max([event.tag.number for event in events], default=0) + 1
         seconds = max([int(time.time()), *(event.seconds + 1 for event in events)])
-        made: dict[str, str] = {}
-        for higher in _higher(here, release.version):
-            number += 1
-            tag = StageTag(recipe, channel, number, git.folder_of(root), taken_out=True)
-            made[str(tag)] = _tag_object(root, higher.commit, str(tag), identity, seconds)
-            seconds += 1
-        number += 1
-        tag = StageTag(recipe, channel, number, git.folder_of(root))
-        made[str(tag)] = _tag_object(root, release.commit, str(tag), identity, seconds)
+        folder = git.folder_of(root)
+        wanted = {StageTag(recipe, channel, number, folder): (release.commit, seconds + len(higher))}
+        for place, event in enumerate(higher):
+            wanted[StageTag(recipe, channel, number + 1 + place, folder, taken_out=True)] = (
+                event.commit,
+                seconds + place,
+            )
+        made = {str(tag): _tag_object(root, at, str(tag), identity, when) for tag, (at, when) in wanted.items()}
         if _named(root, recipe, made):
             return Promoted(channel, str(release.version), number, changed=True, was=was)
     raise ReleaseError(
@@ -283,7 +284,7 @@ def _named(root: Path, recipe: str, made: dict[str, str]) -> bool:
             if set(_numbers(root)) != before:
                 return False
             raise ReleaseError(
-                f"the push of `{[*made][-1]}` to origin failed; nothing was changed\n  {error.said[:300]}",
+                f"the push of `{next(iter(made))}` to origin failed; nothing was changed\n  {error.said[:300]}",
                 hint="see with `git push --dry-run` that origin can be reached and takes pushes",
             ) from error
     git.run(

@@ -130,7 +130,7 @@ def test_promote_and_roll_back(root, depot, capsys):
     assert exportyard(capsys, root, "rollback", "toy", "prod") == "toy#prod is 1.1.0 (was 1.2.0)\n"
     assert exportyard(capsys, root, "rollback", "toy", "prod") == "toy#prod is 1.0.0 (was 1.1.0)\n"
     assert "nothing to go back to" in exportyard(capsys, root, "rollback", "toy", "prod", code=12)
-    assert pointed(depot) == {"prod": ("1.0.0", 8), "canary": ("1.2.0", 4)}
+    assert pointed(depot) == {"prod": ("1.0.0", 7), "canary": ("1.2.0", 4)}
     assert gto(root, "show", "toy#prod", "--version") == "v1.0.0"
     assert gto(root, "show", "toy#canary", "--version") == "v1.2.0"
     got = root.parent / "got"
@@ -200,7 +200,7 @@ def test_promotions_at_once_come_one_after_the_other(root):
     run(root, "git", "fetch", "-q", "--tags")
     found = channels.channels(root, "toy")["prod"]
     assert found.now is not None
-    assert found.now.tag.number == max(numbers)
+    assert found.now.tag.number == max(int(tag.rpartition("#")[2]) for tag in tags if "!" not in tag)
     assert gto(root, "show", "toy#prod", "--version") == f"v{found.now.version}"
 
 
