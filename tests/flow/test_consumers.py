@@ -1,6 +1,7 @@
 """The consumers in examples/: each runs a release by what is in it, and reproduces its golden vectors."""
 
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -164,6 +165,19 @@ def test_tritons_first_requests_are_golden(folder, tmp_path):
     bound = manifest.load(folder).engines[ORT].golden["logits"].max_abs
     assert np.abs(logits - golden["min/out/logits"]).max() <= bound
     np.testing.assert_array_equal(label, golden["min/out/label"])
+
+
+def test_triton_puts_requests_together_unless_they_would_change_each_other(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "release")
+    path = tmp_path / "release" / manifest.FILE
+    made = json.loads(path.read_text())
+    made["engines"][ORT]["scheme"] = "int8-dynamic"
+    path.write_text(json.dumps(made))
+    for release, name in ((folder, "fp32"), (tmp_path / "release", "dynamic")):
+        triton(release, tmp_path / name, "--target", ORT)
+
+    assert [*config_of(tmp_path / "fp32" / "tiny").dynamic_batching.preferred_batch_size] == [2]
+    assert not config_of(tmp_path / "dynamic" / "tiny").HasField("dynamic_batching")
 
 
 def test_triton_gets_a_model_for_each_bucket(folder, tmp_path):

@@ -1,6 +1,7 @@
 """The HTTP service of examples/consumers: its answers, its batches, what it refuses, and how it is deployed."""
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -126,6 +127,18 @@ def test_answers_are_golden_also_in_batches(url, release):
     assert f"batch_rows_sum {float(rows)}\n" in numbers
     assert float(re.search(r"batch_rows_count (\S+)", numbers)[1]) < len(golden)
     assert 'predict_answers_total{status="200"} 9.0' in numbers
+
+
+def test_requests_that_would_change_each_other_are_not_put_together(release, monkeypatch):
+    for folder in (FOLDER, EXAMPLES / "python_onnxruntime"):
+        monkeypatch.syspath_prepend(folder)
+    service = importlib.import_module("service")
+    engine = service.Engine(release)
+    alone = service.Engine(release)
+    alone.entry["scheme"] = "int8-dynamic"
+
+    assert service.batch_axis(engine) == "batch"
+    assert service.batch_axis(alone) is None
 
 
 IMAGE = np.zeros((1, 1, 8, 8)).tolist()

@@ -53,7 +53,7 @@ class Batcher:
 
     def __init__(self, engine, numbers, wait_s, limit):
         self.engine, self.numbers, self.wait_s = engine, numbers, wait_s
-        self.axis = _batch_axis(engine)
+        self.axis = batch_axis(engine)
         self.most = _axes(engine)[self.axis]["max"] if self.axis else 1
         self.queue = asyncio.Queue(limit)
 
@@ -86,14 +86,19 @@ class Batcher:
         until = time.monotonic() + self.wait_s
         rows = batch[0].rows
         while self.axis and rows < self.most:
-            try:
-                one = await asyncio.wait_for(self.queue.get(), max(0.0, until - time.monotonic()))
-            except TimeoutError:
-                return None
-            if rows + one.rows > self.most or one.sizes != batch[0].sizes:
+            one = await self._next(until)
+            if one is None or rows + one.rows > self.most or one.sizes != batch[0].sizes:
                 return one
             batch.append(one)
             rows += one.rows
+        return None
+
+    async def _next(self, until):
+        """The next request, if it is there or comes in time."""
+        with contextlib.suppress(asyncio.QueueEmpty):
+            return self.queue.get_nowait()
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(self.queue.get(), max(0.0, until - time.monotonic()))
         return None
 
     async def _run(self, batch):
@@ -113,7 +118,10 @@ def _axes(engine):
     return engine.entry.get("selector", engine.manifest["signature"])["axes"]
 
 
-def _batch_axis(engine):
+def batch_axis(engine):
+    """The axis along which requests can be put together, or None."""
+    if engine.entry["scheme"] == "int8-dynamic":
+        return None  # which takes its ranges from all that it is given: one request would change another's answer
     firsts = {spec["shape"][0] if spec["shape"] else None for spec in [*engine.inputs, *engine.outputs]}
     return firsts.pop() if len(firsts) == 1 and firsts <= set(_axes(engine)) else None
 

@@ -129,7 +129,8 @@ def _config(name, manifest, engine, part, model):
         *(_tensor("input", spec, part["sizes"], axis) for spec in signature["inputs"]),
         *(_tensor("output", spec, part["sizes"], axis) for spec in signature["outputs"]),
     ]
-    if axis:
+    # int8-dynamic takes its ranges from all that it is given: one request would change another's answer
+    if axis and engine["scheme"] != "int8-dynamic":
         best = signature["axes"][axis]["opt"]
         lines.append(f"dynamic_batching {{ preferred_batch_size: [{best}] max_queue_delay_microseconds: {QUEUE_US} }}")
     if row["backend"] == "onnxruntime":
