@@ -1557,6 +1557,13 @@ class Place:
         return self.partial / "next"
 
 
+def _place(to: Path) -> Place:
+    path = Path(os.path.realpath(to))  # what a link leads to is replaced, and not the link
+    if not path.name:
+        raise UsageError(f"`{to}` can't be replaced", hint="pull into a folder below it")
+    return Place(path)
+
+
 @contextlib.contextmanager
 def _alone(place: Place, talk: Talk) -> Iterator[None]:
     """Pulls into one folder queue. The lock is on a folder that is removed by who holds it, so nothing of it stays."""
@@ -1825,7 +1832,7 @@ def pull(wish: Wish, talk: Talk | None = None, registry: Registry | None = None)
     """
     talk = talk or Talk()
     registry = registry or Registry(source_of(wish.source, Options()), wish.recipe, talk)
-    place = Place(Path(os.path.realpath(wish.to)))
+    place = _place(wish.to)
     key = public_key(wish.key) if wish.key is not None else None
     with _explained(place), _alone(place, talk):
         _recover(place)
@@ -1954,7 +1961,7 @@ def back(wish: Wish, talk: Talk | None = None) -> Pulled:
     Raises:
         ReleaseError: there is none, or it is damaged, or not signed by `wish.key`.
     """
-    place = Place(Path(os.path.realpath(wish.to)))
+    place = _place(wish.to)
     key = public_key(wish.key) if wish.key is not None else None
     with _explained(place), _alone(place, talk or Talk()):
         _recover(place)

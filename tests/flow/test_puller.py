@@ -1114,14 +1114,18 @@ def test_the_bar_of_a_terminal(copied, tmp_path):
     assert said.endswith(b"\r\x1b[K")
 
 
-def test_interrupted(shelf, tmp_path):
+@pytest.mark.parametrize("requests", [1, 5])  # the index, or files by several threads
+def test_interrupted(shelf, tmp_path, requests):
     with serving(shelf / "registry") as server:
-        server.slow = 2.0
+        server.stuck = requests
         process = subprocess.Popen(command(server.url, tmp_path / "here"), stderr=subprocess.PIPE, text=True)
-        while not server.asked:
+        while len(server.asked) < requests:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
+        begun = time.monotonic()
         _, said = process.communicate()
+        assert time.monotonic() - begun < 5
+        server.stuck = 0
     assert process.returncode == 130
     assert "what has come is kept" in said
     assert "Traceback" not in said
