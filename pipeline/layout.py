@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline import digest, manifest, tags
 from pipeline.depot import Depot
-from pipeline.errors import ReleaseError
+from pipeline.errors import ReleaseError, UsageError, first_line
 from pipeline.manifest import Manifest, ReleaseFile
 from pipeline.types import Target
 
@@ -104,6 +104,7 @@ def lay_out(release: Path, depot: Depot, *, withdrawn: str | None = None, verify
     """
     content = _manifest(release)
     recipe = content.recipe
+    tags.check_name(recipe)  # it becomes a folder's name
     blobs, top, targets = _blobs(release, content)
     entries = _entries(content.version, top, targets, withdrawn)
     _check_same(depot, content, blobs, index(depot, recipe), top)
@@ -285,9 +286,10 @@ def _parsed(depot: Depot, recipe: str, data: bytes | None) -> Index:
             tags.parse(notes(entry)[OF_VERSION])
             _ = entry["digest"], entry["size"]
         return Index(recipe, tuple(entries))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
         raise ReleaseError(
-            f"`{recipe}/{INDEX}` in the registry `{depot.name}` can't be understood: {type(error).__name__}: {error}",
+            f"`{recipe}/{INDEX}` in the registry `{depot.name}` can't be understood: {why}",
             hint=f"move that file away; `exportyard mirror {recipe}` makes it anew from git and DVC",
         ) from None
 

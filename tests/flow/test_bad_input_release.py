@@ -1,5 +1,6 @@
 """Publishing and pulling where something is in the way: refused with a message, nothing changed, and then it works."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli, git, release, store
+from pipeline import cli, depots, git, layout, release, store
 from tests import releases
 
 PUBLISH = ("publish", "tiny", "--target", "good")
@@ -158,3 +159,19 @@ def _lives(process):
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
+
+
+def test_a_registry_that_is_away_gets_the_release_later(bench, tmp_path, capsys):
+    folder = tmp_path / "registry"
+    releases.dvc(bench.root, "remote", "add", "registry", str(folder))
+    assert cli.invoke([*PUBLISH, "-C", str(bench.root)]) == 10
+    said = capsys.readouterr().err
+    assert f"`tiny` 1.0.0 is published, but not in the registry yet: the registry `{folder}` can't be used" in said
+    assert "hint: `exportyard mirror tiny` brings it there" in said
+    assert bench.tags() == ["tiny@v1.0.0"]
+    folder.mkdir()
+    assert cli.invoke([*PUBLISH, "--json", "-C", str(bench.root)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"version": "1.0.0", "tag": "tiny@v1.0.0", "fresh": False, "registry": str(folder)}
+    entries = layout.index(depots.at(folder), "tiny").entries
+    assert [layout.notes(one)[layout.NAME] for one in entries] == ["v1.0.0", "v1.0.0-good"]

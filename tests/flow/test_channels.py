@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import channels, cli, depots, garbage, initial, layout, mirror, release, trust
-from pipeline import run as runs
-from pipeline.errors import ReleaseError, UnavailableError
-from pipeline.workspace import Workspace
+from pipeline import channels, cli, depots, garbage, initial, layout, mirror, trust
+from pipeline.errors import ReleaseError
 from tests.releases import dvc, publish, run, write_release
 
 
@@ -252,21 +250,6 @@ def test_a_channel_is_signed_where_there_is_a_key(root, depot, tmp_path, monkeyp
     monkeypatch.delenv(trust.SIGNING_KEY)
     mirror.mirror(root, depot, "toy")  # without the key nothing is unsigned again
     assert depot.read("toy/index.json") == before
-
-
-def test_publish_lays_the_release_out_and_again_when_the_registry_was_away(bench, tmp_path):
-    dvc(bench.root, "remote", "add", "registry", str(tmp_path / "registry"))
-    job = runs.prepare(Workspace(bench.root), "tiny")
-    verdicts = runs.export(job)
-    with pytest.raises(UnavailableError, match=r"`tiny` 1\.0\.0 is published, but not in the registry yet") as caught:
-        release.publish(job, verdicts)
-    assert bench.tags() == ["tiny@v1.0.0"]
-    assert "`exportyard mirror tiny`" in str(caught.value.hint)
-    (tmp_path / "registry").mkdir()
-    again = release.publish(job, verdicts)
-    assert (again.version, again.fresh, again.registry) == ("1.0.0", False, str(tmp_path / "registry"))
-    found = layout.index(depots.at(tmp_path / "registry"), "tiny")
-    assert [layout.notes(one)[layout.NAME] for one in found.entries] == ["v1.0.0", "v1.0.0-good", "v1.0.0-other"]
 
 
 # --- what is swept ---------------------------------------------------------------------------------------------------
