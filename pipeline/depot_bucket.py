@@ -25,6 +25,7 @@ from pipeline.errors import ReleaseError, UnavailableError, first_line
 
 Result = TypeVar("Result")
 _ONE_PUT = 32 << 20  # larger files go up in parts, and are not held in memory
+_PART, _PARTS_AT_ONCE = 16 << 20, 4  # but for these
 _TRIES = 200  # at one index, against other writers
 _SWEEP = ".sweep.json"
 _SWEEP_S = 900.0  # how long a sweep may take; an older note was left by one that was killed
@@ -79,7 +80,11 @@ class BucketDepot:
         if hashed.hexdigest() != sha256:
             raise other_bytes(source)
         side = f"{self._key(name)}.{uuid.uuid4().hex}.part"  # until it is known that nobody has changed the file
-        kept = {"CacheControl": _caching(name)}
+        kept = {
+            "CacheControl": _caching(name),
+            "chunksize": max(_PART, before[0] // 9000),
+            "max_concurrency": _PARTS_AT_ONCE,
+        }
         self._asked(lambda: self.files.put_file(str(source), f"{self._bucket}/{side}", **kept))
         try:
             if _state(source) != before:
