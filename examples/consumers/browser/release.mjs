@@ -103,7 +103,9 @@ export class Release {
       for (const file of wanted.filter((one) => one.path.endsWith(".data"))) {
         externalData.push({path: file.path.split("/").pop(), data: await this.read(file)});
       }
-      const settings = {graphOptimizationLevel: "disabled", ...options}; // it is optimised already
+      const settings = {...options};
+      // such a graph is laid out for its CPU already; another one gets its layout as it is loaded
+      if (entry.target.options.optimization === "all") settings.graphOptimizationLevel = "disabled";
       if (externalData.length) settings.externalData = externalData;
       parts.push({sizes, session: await ort.InferenceSession.create(await this.read(models[0]), settings)});
     }

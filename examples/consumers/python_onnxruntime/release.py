@@ -40,7 +40,9 @@ class Engine:
         self.outputs = self.manifest["signature"]["outputs"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised already
+        if self.entry["target"]["options"].get("optimization") == "all":
+            # it is laid out for its CPU already; another one gets its layout as it is loaded
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         # an engine of fixed sizes for each bucket, smaller before larger; or one for all sizes
         parts = self.entry.get("selector", {}).get("buckets") or [
             {"sizes": {}, "files": [file["path"] for file in self.entry["files"]]}

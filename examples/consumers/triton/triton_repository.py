@@ -133,8 +133,8 @@ def _config(name, manifest, engine, part, model):
     if axis and engine["scheme"] != "int8-dynamic":
         best = signature["axes"][axis]["opt"]
         lines.append(f"dynamic_batching {{ preferred_batch_size: [{best}] max_queue_delay_microseconds: {QUEUE_US} }}")
-    if row["backend"] == "onnxruntime":
-        lines.append("optimization { graph { level: -1 } }  # the graph is optimised already")
+    if row["options"].get("optimization") == "all":
+        lines.append("optimization { graph { level: -1 } }  # it is laid out for its CPU already")
     return "\n".join(lines) + "\n"
 
 
