@@ -57,6 +57,24 @@ def test_python_finds_wrong_numbers(spoiled):
     assert told.count("WRONG") == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("no-such-folder",), "no-such-folder"),
+        (("RELEASE", "--target", "no-such-target"), "no engine of ONNX Runtime for `no-such-target`"),
+        (("RELEASE", "--target", TVM), f"no engine of ONNX Runtime for `{TVM}`"),
+        (("RELEASE",), f"name a target: {ORT}, {BUCKETS} would do"),
+    ],
+)
+def test_python_says_what_is_missing(folder, words, told):
+    code, output = python(*(folder if word == "RELEASE" else word for word in words))
+
+    assert code == 2
+    assert output.startswith("release.py: ")
+    assert told in output
+    assert output.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def ort_run(tmp_path_factory):
     """The C++ program for ONNX Runtime, with the library of the Python package."""

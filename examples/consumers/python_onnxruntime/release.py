@@ -29,12 +29,17 @@ class Engine:
     """One engine of the release in `folder`; without `target`, the only one that is there for ONNX Runtime.
 
     Call it with an array for each input by name; it answers with an array for each output by name.
+
+    Raises:
+        ValueError: the release has no such engine, or there are several.
     """
 
     def __init__(self, folder, target=None, threads=0):
         self.folder = Path(folder)
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
         self.target = target or self._only()
+        if self.manifest["engines"].get(self.target, {}).get("target", {}).get("backend") != "onnxruntime":
+            raise ValueError(f"the release has no engine of ONNX Runtime for `{self.target}`")
         self.entry = self.manifest["engines"][self.target]
         self.inputs = self.manifest["signature"]["inputs"]
         self.outputs = self.manifest["signature"]["outputs"]
@@ -59,7 +64,7 @@ class Engine:
             if entry["target"]["backend"] == "onnxruntime" and self._model(f["path"] for f in entry["files"]).exists()
         ]
         if len(there) != 1:
-            raise SystemExit(f"name a target: {self.folder} has {', '.join(there) or 'none'} for ONNX Runtime")
+            raise ValueError(f"name a target: {', '.join(there) or 'none'} would do")
         return there[0]
 
     def _model(self, paths):
@@ -74,7 +79,10 @@ class Engine:
         """Outputs by name, for inputs by name."""
         shapes = ((spec["shape"], feeds[spec["name"]].shape) for spec in self.inputs)
         sizes = {axis: size for dims, shape in shapes for axis, size in zip(dims, shape, strict=True)}
-        fixed, session = next(part for part in self.parts if all(sizes[axis] <= n for axis, n in part[0].items()))
+        fitting = [part for part in self.parts if all(sizes[axis] <= n for axis, n in part[0].items())]
+        if not fitting:
+            raise ValueError(f"the engine has no bucket for {sizes}")
+        fixed, session = fitting[0]
         names = [spec["name"] for spec in self.outputs]
         if not fixed:
             return dict(zip(names, session.run(names, feeds), strict=True))
@@ -151,7 +159,11 @@ def main():
     parser.add_argument("release", help="a folder, as `exportyard pull` makes it")
     parser.add_argument("--target")
     arguments = parser.parse_args()
-    engine = Engine(arguments.release, arguments.target)
+    try:
+        engine = Engine(arguments.release, arguments.target)
+    except (OSError, ValueError) as error:
+        print(f"release.py: {error}", file=sys.stderr)
+        return 2
     print(f"{engine.manifest['recipe']} v{engine.manifest['version']}, {engine.target} ({engine.entry['scheme']})")
     return 0 if check(engine) else 1
 
