@@ -469,7 +469,9 @@ def mirror(
         return
     for one in done:
         fresh = f"{', '.join(one.fresh)} ({console.size(one.sent_bytes)})" if one.fresh else "nothing new"
-        print(f"{one.recipe}: {len(one.versions)} versions in {depot.name}; {fresh}")
+        print(
+            f"{one.recipe}: {len(one.versions)} version{'s' if len(one.versions) != 1 else ''} in {depot.name}; {fresh}"
+        )
 
 
 def _depot(root: Path, given: str | None) -> Depot:

@@ -45,7 +45,7 @@ def wish(
 
 
 def is_registry(wanted: Wish) -> bool:
-    """Whether the source is a static registry that has the recipe; else it is for git.
+    """Whether the source is a static registry; else it is for git.
 
     Raises:
         UnavailableError: it can't be reached.

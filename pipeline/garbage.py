@@ -82,12 +82,14 @@ def usage(depot: Depot, recipe: str, keep: int | None = None) -> Usage:
     # what was listed until now isn't about to be published
     gone = [one for one in loose if one.name in listed or one.age_s > _YOUNG_S]
     versions = [*rest.releases()]
+    alone = [walk.reached(rest.about(version)) for version in versions]
+    beside = reached.keys() - {name for one in alone for name in one}  # what channels say
     return Usage(
         recipe,
         kept=tuple(sorted(versions, key=tags.parse)),
         dropped=dropped,
         size_bytes=_total([one for one in there if one.name in reached]),
-        alone_bytes=sum(sum(walk.reached(rest.about(version)).values()) for version in versions),
+        alone_bytes=sum(sum(one.values()) for one in alone) + sum(reached[name] for name in beside),
         free_bytes=_total(gone),
         young_bytes=_total(loose) - _total(gone),
         names=tuple(one.name for one in gone),

@@ -55,7 +55,8 @@ except ImportError:  # Windows
 
 Result = TypeVar("Result")
 AGENT = "exportyard-pull/1"
-MANIFEST, SIGNATURE, NOTE = "manifest.json", "signature.json", "artifact.json"
+PULLER, _FIRST_LINE = "exportyard-pull.py", b'#!/usr/bin/env python3\n"""exportyard-pull: '
+MANIFEST, SIGNATURE, NOTE, GOLDEN = "manifest.json", "signature.json", "artifact.json", "golden.safetensors"
 BESIDE = ("provenance.json", "sbom.json", SIGNATURE)  # of a release, beside the manifest and what it lists
 RELEASE = "application/vnd.exportyard.release.v1"
 LABEL = "dev.exportyard."
@@ -472,7 +473,7 @@ def source_of(place: str, options: Options) -> Source:
 
 
 def is_registry(place: str, recipe: str, options: Options | None = None) -> bool:
-    """Whether `place` is a static registry that has `recipe`; a git repository is none.
+    """Whether `place` is a static registry, with `recipe` or without it; a git repository is none.
 
     Raises:
         UnavailableError: it can't be reached.
@@ -481,14 +482,27 @@ def is_registry(place: str, recipe: str, options: Options | None = None) -> bool
         return True
     if place.endswith(".git") or ("://" in place and not place.lower().startswith(("http://", "https://", "file://"))):
         return False
-    if "://" not in place and not (Path(place).expanduser() / recipe / "index.json").is_file():
+    if "://" not in place and not Path(place).expanduser().is_dir():
         return False
     options = options or Options()
+    source = source_of(place, options)
     try:
-        Registry(source_of(place, options), recipe, Talk(quiet=True), options).index()
+        Registry(source, recipe, Talk(quiet=True), options).index()
         return True
     except (UsageError, ReleaseError):
+        return _has_puller(source)
+
+
+def _has_puller(source: Source) -> bool:
+    """Whether this file is there, which every registry has."""
+    try:
+        reply = source.open(PULLER)
+    except (AbsentError, CutError, PullError):
         return False
+    if reply.body is None:
+        return False
+    with contextlib.closing(reply.body):
+        return bool(reply.body.read(len(_FIRST_LINE)) == _FIRST_LINE)
 
 
 # --- reading small documents ---------------------------------------------------------------------------------------
@@ -1648,8 +1662,8 @@ def _recover(place: Place) -> None:
 
 
 def _keep_old(place: Place) -> None:
-    """What was installed becomes the previous version, unless it is the same one."""
-    if _manifest_digest(place.old) in (_manifest_digest(place.to), ""):
+    """What was installed becomes the previous version, unless it is the same one or damaged."""
+    if _manifest_digest(place.old) == _manifest_digest(place.to) or _installed(place.old) is None:
         shutil.rmtree(place.old)
         return
     if place.previous.exists():
@@ -1758,6 +1772,8 @@ def _check_destination(place: Place, recipe: str) -> None:
         return
     older = _installed(to)
     if older is None:
+        if _is_damaged_release(to):
+            return
         raise ReleaseError(f"`{to}` is not empty and holds no release of ours", hint=elsewhere)
     if older["recipe"] != recipe:
         raise ReleaseError(f"`{to}` holds a release of `{older['recipe']}`", hint=elsewhere)
@@ -1766,6 +1782,12 @@ def _check_destination(place: Place, recipe: str) -> None:
         raise ReleaseError(
             f"`{to / strange[0]}` is not part of the release there and would be lost", hint=f"move it, or {elsewhere}"
         )
+
+
+def _is_damaged_release(folder: Path) -> bool:
+    """Whether all that is wrong with the release in `folder` may be its manifest, as after a disk has failed."""
+    others = [name for name in _strangers(folder, [MANIFEST, GOLDEN, *BESIDE]) if not name.startswith("engines/")]
+    return (folder / MANIFEST).is_file() and (folder / GOLDEN).is_file() and not others
 
 
 def _reuse(place: Place, files: Iterable[File]) -> set[str]:

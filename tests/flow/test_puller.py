@@ -509,6 +509,20 @@ def test_a_damaged_copy_is_put_right(shelf, tmp_path):
     assert beside(here) == []
 
 
+def test_a_copy_whose_manifest_is_damaged_is_put_right(shelf, tmp_path):
+    here = tmp_path / "here"
+    pull(shelf / "registry", here, "toy@1.0.0")
+    pull(shelf / "registry", here)
+    (here / "manifest.json").write_bytes(b"\0" * 100)
+    (here / "notes.txt").write_text("mine")
+    with pytest.raises(puller.ReleaseError, match="holds no release of ours"):
+        pull(shelf / "registry", here)
+    (here / "notes.txt").unlink()
+    assert pull(shelf / "registry", here).changed
+    assert content(here) == content(shelf / "1.1.0")
+    assert content(here.with_name(".here.previous")) == content(shelf / "1.0.0")  # and not the damaged one
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_killed_at_every_step_of_the_installation(shelf, tmp_path, exchange):
     """After each kill the folder holds one of both versions, whole, or the next pull brings it back."""
@@ -1080,6 +1094,9 @@ def test_what_is_no_registry(shelf, tmp_path):
     assert not puller.is_registry("ssh://host/models", "toy")
     assert not puller.is_registry("https://host.invalid/models.git", "toy")
     assert puller.is_registry(f"file://{shelf}/registry", "toy")
+    assert puller.is_registry(str(shelf / "registry"), "tyo")  # whose own error is the better one
+    with serving(shelf / "registry") as registry:
+        assert puller.is_registry(registry.url, "tyo", SOON)
     with pytest.raises(puller.UnavailableError, match="ConnectionRefusedError"):
         puller.is_registry(server.url, "toy", SOON)
 
