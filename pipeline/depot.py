@@ -104,6 +104,18 @@ def blocks(source: Path) -> Iterator[memoryview]:
         raise _unreadable(source, error) from error
 
 
+def check_readable(source: Path) -> None:
+    """Refuse a release's file that isn't there, or may not be read.
+
+    Raises:
+        ReleaseError: as said.
+    """
+    try:
+        source.open("rb").close()
+    except OSError as error:
+        raise _unreadable(source, error) from error
+
+
 def _unreadable(source: Path, error: OSError) -> ReleaseError:
     return ReleaseError(f"can't read `{source}`: {error.strerror}", hint="get the release again with `exportyard pull`")
 
