@@ -218,8 +218,17 @@ def bucket(monkeypatch):
     extras.need("s3fs", "s3")
     extras.need("moto", "s3-tests")
     import fsspec
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication
     from moto.server import ThreadedMotoServer
 
+    answer, turn = DomainDispatcherApplication.__call__, threading.Lock()
+
+    def in_turn(*request):
+        with turn:
+            return answer(*request)
+
+    # S3 compares and writes in one step; moto's server does so only if nobody else writes meanwhile
+    monkeypatch.setattr(DomainDispatcherApplication, "__call__", in_turn)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
