@@ -83,6 +83,9 @@ class TvmCuda:
         if reason is not None:
             raise UnavailableError(f"`{target.name}`: {reason}")
         import tvm
+        from tvm import relax
+
+        from pipeline.tvm_passes import sorted_shape_functions
 
         real = target.model_copy(update={"arch": _arch(target)})
         where = tvm_cuda.compiles_for(real, _cpu(target))
@@ -91,7 +94,8 @@ class TvmCuda:
         try:
             with ways, where, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                executable = tvm.compile(module, target=where)
+                lowering = tvm.transform.Sequential([relax.get_default_pipeline(where), sorted_shape_functions()])
+                executable = tvm.compile(module, target=where, relax_pipeline=lowering)
         except BuildError:
             raise
         except Exception as error:  # TVM's passes raise everything from TypeError to their own
