@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import attest, journal, record, store, trust
+from pipeline import attest, initial, journal, record, store, trust
 from pipeline.manifest import (
     Engine,
     Golden,
@@ -39,6 +39,20 @@ def run(root: Path, *command: str) -> str:
 def dvc(root: Path, *arguments: str) -> str:
     """Standard output of DVC's own command line."""
     return run(root, sys.executable, "-W", "ignore", "-m", "dvc", *arguments)
+
+
+def with_origin(base: Path, remote: Path | None = None) -> Path:
+    """An uncommitted workspace with the recipe `toy`, cloned from a bare repository beside it."""
+    root = base / "workspace"
+    run(base, "git", "init", "-q", "--bare", "-b", "main", "origin.git")
+    run(base, "git", "clone", "-q", str(base / "origin.git"), str(root))
+    run(root, "git", "config", "user.name", "test")
+    run(root, "git", "config", "user.email", "test@example.com")
+    initial.init(root, remote)
+    (root / "recipes/toy").mkdir()
+    (root / "recipes/toy/recipe.toml").write_text('name = "toy"\n')
+    (root / "targets/targets.toml").write_text('[targets.any-echo]\nbackend = "echo"\n')
+    return root
 
 
 def target(name: str) -> Target:

@@ -10,24 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import channels, cli, depots, garbage, initial, layout, mirror, trust
+from pipeline import channels, cli, depots, garbage, layout, mirror, trust
 from pipeline.errors import ReleaseError
-from tests.releases import dvc, publish, run, write_release
+from tests.releases import dvc, publish, run, with_origin, write_release
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A workspace with an origin and three releases of `toy`, the last one withdrawn. Read only."""
     base = tmp_path_factory.mktemp("published")
-    root = base / "workspace"
-    run(base, "git", "init", "-q", "--bare", "-b", "main", "origin.git")
-    run(base, "git", "clone", "-q", str(base / "origin.git"), str(root))
-    run(root, "git", "config", "user.name", "test")
-    run(root, "git", "config", "user.email", "test@example.com")
-    initial.init(root, base / "remote")
-    (root / "recipes/toy").mkdir()
-    (root / "recipes/toy/recipe.toml").write_text('name = "toy"\n')
-    (root / "targets/targets.toml").write_text('[targets.any-echo]\nbackend = "echo"\n')
+    root = with_origin(base, base / "remote")
     (base / "registry").mkdir()
     run(root, "git", "add", "-A")
     run(root, "git", "commit", "-qm", "workspace")

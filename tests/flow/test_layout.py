@@ -10,14 +10,13 @@ import sys
 import threading
 import time
 import urllib.request
-import uuid
 from pathlib import Path
 
 import pytest
 
 from pipeline import depot_bucket, depots, garbage, layout, manifest
 from pipeline.errors import ReleaseError, UnavailableError, UsageError
-from tests import extras
+from tests import buckets, extras
 from tests.releases import TARGETS, run, write_release
 
 
@@ -215,11 +214,8 @@ def test_three_publishers_with_twenty_releases_each_at_once(depot, tmp_path):
 @pytest.fixture
 def bucket(monkeypatch):
     """A new bucket of a server on this machine."""
-    extras.need("s3fs", "s3")
     extras.need("moto", "s3-tests")
-    import fsspec
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication
-    from moto.server import ThreadedMotoServer
 
     answer, turn = DomainDispatcherApplication.__call__, threading.Lock()
 
@@ -229,19 +225,8 @@ def bucket(monkeypatch):
 
     # S3 compares and writes in one step; moto's server does so only if nobody else writes meanwhile
     monkeypatch.setattr(DomainDispatcherApplication, "__call__", in_turn)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1", "ENDPOINT_URL": f"http://{host}:{port}"
-    }.items():  # fmt: skip
-        monkeypatch.setenv(f"AWS_{name}", value)
-    name = f"models-{uuid.uuid4().hex}"  # all servers of one process share their buckets
-    try:
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir(name)
+    with buckets.bucket(monkeypatch) as name:
         yield depots.at(f"s3://{name}/registry")
-    finally:
-        server.stop()
 
 
 def entry_of(depot) -> str:

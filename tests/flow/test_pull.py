@@ -5,24 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli, initial, manifest, pull
+from pipeline import cli, manifest, pull
 from pipeline.errors import ExportyardError, ReleaseError, UsageError
-from tests.releases import TARGETS, publish, run, write_release
+from tests.releases import TARGETS, publish, run, with_origin, write_release
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A folder with a workspace, its remote and a bare origin: two releases of `toy`. Read only."""
     base = tmp_path_factory.mktemp("published")
-    root = base / "workspace"
-    run(base, "git", "init", "-q", "--bare", "-b", "main", "origin.git")
-    run(base, "git", "clone", "-q", str(base / "origin.git"), str(root))
-    run(root, "git", "config", "user.name", "test")
-    run(root, "git", "config", "user.email", "test@example.com")
-    initial.init(root, base / "remote")
-    (root / "recipes/toy").mkdir()
-    (root / "recipes/toy/recipe.toml").write_text('name = "toy"\n')
-    (root / "targets/targets.toml").write_text('[targets.any-echo]\nbackend = "echo"\n')
+    root = with_origin(base, base / "remote")
     run(root, "git", "add", "-A")
     run(root, "git", "commit", "-qm", "workspace")
     publish(root, "1.0.0", "one")

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli, manifest, puller, trust
-from tests import extras
+from tests import buckets
 from tests.registries import assign, blobs, publish, read_state, release, serving, sign
 from tests.releases import TARGETS
 
@@ -966,33 +966,20 @@ def test_a_bucket(shelf, tmp_path, monkeypatch):
 
 def test_a_bucket_of_moto(shelf, tmp_path, monkeypatch):
     """A server of S3 that isn't ours, with an index that only a signed request may read."""
-    extras.need("s3fs", "s3")
-    extras.need("moto", "s3-tests")
-    from moto.server import ThreadedMotoServer
-
-    for name, value in (("ACCESS_KEY_ID", "me"), ("SECRET_ACCESS_KEY", "word"), ("DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    with buckets.bucket(monkeypatch) as name:
         import fsspec
 
-        files = fsspec.filesystem("s3", skip_instance_cache=True)
-        files.mkdir("models")
-        files.put(f"{shelf}/registry", "models/edge", recursive=True)
-        assert pull("s3://models/edge", tmp_path / "here").version == "1.1.0"
+        place = f"s3://{name}/edge"
+        fsspec.filesystem("s3", skip_instance_cache=True).put(f"{shelf}/registry", f"{name}/edge", recursive=True)
+        assert pull(place, tmp_path / "here").version == "1.1.0"
         assert content(tmp_path / "here") == content(shelf / "1.1.0")
         with pytest.raises(puller.UsageError, match="there is no `other`"):
-            pull("s3://models/edge", tmp_path / "here", "other")
+            pull(place, tmp_path / "here", "other")
         # half a blob is here
         blob = blobs(shelf / "registry", shelf / "1.1.0")["engines/any-echo/model.bin"]
         (tmp_path / ".there.partial").mkdir()
         (tmp_path / ".there.partial" / blob.name).write_bytes(blob.read_bytes()[:9])
-        assert pull("s3://models/edge", tmp_path / "there").changed
-    finally:
-        server.stop()
+        assert pull(place, tmp_path / "there").changed
 
 
 # --- following a channel -------------------------------------------------------------------------------------------

@@ -3,37 +3,22 @@
 import functools
 import http.server
 import threading
-import uuid
 from pathlib import Path
 
 import pytest
 
-from pipeline import depots, initial, layout, manifest, mirror, pull
+from pipeline import depots, layout, manifest, mirror, pull
 from pipeline.errors import ReleaseError
-from tests import extras
-from tests.releases import dvc, publish, run
+from tests import buckets, extras
+from tests.releases import dvc, publish, run, with_origin
 
 
 @pytest.fixture
 def s3(monkeypatch):
     """``s3://<new bucket>`` of a server on this machine."""
-    extras.need("s3fs", "s3")
     extras.need("dvc_s3", "s3")
-    extras.need("moto", "s3-tests")
-    import fsspec
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1", "ENDPOINT_URL": f"http://{host}:{port}"
-    }.items():  # fmt: skip
-        monkeypatch.setenv(f"AWS_{name}", value)
-    name = f"models-{uuid.uuid4().hex}"
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir(name)
-    yield f"s3://{name}"
-    server.stop()
+    with buckets.bucket(monkeypatch) as name:
+        yield f"s3://{name}"
 
 
 @pytest.fixture
@@ -57,19 +42,11 @@ def web(tmp_path):
 
 def workspace(base: Path, remotes: dict[str, str], local: dict[str, str] | None = None) -> Path:
     """A workspace with an origin; the remote `storage` is the default, `local` replaces URLs on this machine only."""
-    root = base / "workspace"
-    run(base, "git", "init", "-q", "--bare", "-b", "main", "origin.git")
-    run(base, "git", "clone", "-q", str(base / "origin.git"), str(root))
-    run(root, "git", "config", "user.name", "test")
-    run(root, "git", "config", "user.email", "test@example.com")
-    initial.init(root)
+    root = with_origin(base)
     for name, url in remotes.items():
         dvc(root, "remote", "add", *(["-d"] if name == "storage" else []), name, url)
     for name, url in (local or {}).items():
         dvc(root, "remote", "modify", "--local", name, "url", url)
-    (root / "recipes/toy").mkdir()
-    (root / "recipes/toy/recipe.toml").write_text('name = "toy"\n')
-    (root / "targets/targets.toml").write_text('[targets.any-echo]\nbackend = "echo"\n')
     run(root, "git", "add", "-A")
     run(root, "git", "commit", "-qm", "workspace")
     return root

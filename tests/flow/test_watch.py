@@ -32,7 +32,7 @@ from flows import deployments, notify, server
 from flows.watch import watch
 from pipeline import cli, digest
 from pipeline.workspace import Workspace
-from tests import extras, workspaces
+from tests import buckets, workspaces
 
 if TYPE_CHECKING:
     from tests.flow.conftest import Bench
@@ -338,27 +338,14 @@ def test_a_dropped_file_becomes_a_release_and_an_event_starts_what_is_new(
 
 
 def test_a_bucket_is_watched(bench: Bench, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    extras.need("s3fs", "s3")
-    extras.need("moto", "s3-tests")
-    import fsspec
-    from moto.server import ThreadedMotoServer
+    with buckets.bucket(monkeypatch) as name:
+        import fsspec
 
-    there = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    there.start()
-    host, port = there.get_host_and_port()
-    for name, value in {
-        "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1", "ENDPOINT_URL": f"http://{host}:{port}"
-    }.items():  # fmt: skip
-        monkeypatch.setenv(f"AWS_{name}", value)
-    try:
         bucket = fsspec.filesystem("s3", skip_instance_cache=True)
-        bucket.mkdir("incoming")
         path = trained(tmp_path / "best.safetensors", 51)
-        bucket.put_file(str(path), "incoming/models/tiny/best.safetensors")
-        bucket.pipe("incoming/models/tiny/half.safetensors", path.read_bytes()[:-1])
-        ask = {"place": "s3://incoming/models", "workspace": str(bench.root), "return_state": True}
+        bucket.put_file(str(path), f"{name}/models/tiny/best.safetensors")
+        bucket.pipe(f"{name}/models/tiny/half.safetensors", path.read_bytes()[:-1])
+        ask = {"place": f"s3://{name}/models", "workspace": str(bench.root), "return_state": True}
         assert watch(**ask).message == "1 started; 1 refused"
         assert watch(**ask).message == "1 refused"
         assert len(runs.of(path)) == 1
-    finally:
-        there.stop()
