@@ -101,14 +101,14 @@ def built(job: Job, shared: Exchange, commit: str, *, wait_for_pool_s: float, re
 
 def _known(job: Job, target: Target, asked: str) -> Verdict | None:
     """The verdict of a time when the same was asked, if all that it says lies here."""
-    outcome = handover.kept(job, target, asked)
-    verdict = None if outcome is None else handover.recall(job, target, outcome)
-    if outcome is None or verdict is None:
+    found = handover.known(job, target, asked)
+    if found is None:
         return None
+    verdict, worker = found
 
     def work(watch: Watcher) -> str:
         watch("engine", "cached", 0.0)
-        return f"built by {outcome.worker}; `refresh` asks again"
+        return f"built by {worker}; `refresh` asks again"
 
     stages.do(f"engine {target.name}", work)
     return verdict

@@ -43,8 +43,8 @@ def _known(job: Job, found: Verdict) -> Verdict:
     """`found`, or what a worker has answered about that target: its tools may be others than those of this host."""
     if found.status == "passed":
         return found
-    outcome = handover.kept(job, found.target, handover.request(job, found.target))
-    return (None if outcome is None else handover.recall(job, found.target, outcome)) or found
+    known = handover.known(job, found.target, handover.request(job, found.target))
+    return found if known is None else known[0]
 
 
 @flow(name="release", persist_result=False, result_serializer="json")

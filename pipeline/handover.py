@@ -359,6 +359,13 @@ def kept(job: Job, target: Target, asked: str) -> Outcome | None:
     return found.outcome if good else None
 
 
+def known(job: Job, target: Target, asked: str) -> tuple[Verdict, str] | None:
+    """What `kept` has, and whose answer it was, if all that it says lies here."""
+    outcome = kept(job, target, asked)
+    verdict = None if outcome is None else recall(job, target, outcome)
+    return None if outcome is None or verdict is None else (verdict, outcome.worker)
+
+
 def read(note: Mapping[str, Any]) -> Outcome:
     """The outcome that a worker has left as a note.
 
