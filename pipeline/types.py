@@ -29,7 +29,18 @@ Scheme = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8-u8s8", "int8-s8s8
 
 DType = Literal["float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 Kind = Literal[
-    "checkpoint", "data", "program", "onnx", "statistics", "tuning", "engine", "parity", "audit", "latency", "release"
+    "checkpoint",
+    "data",
+    "program",
+    "onnx",
+    "statistics",
+    "tuning",
+    "engine",
+    "parity",
+    "explanation",
+    "audit",
+    "latency",
+    "release",
 ]
 OutputKind = Literal["logits", "probabilities", "embedding", "scores", "indices", "boxes", "other"]
 RangeMethod = Literal["minmax", "entropy", "percentile", "mse"]
@@ -496,6 +507,83 @@ class ParityReport(Frozen):
     metric: MetricResult
     passed: bool
     reasons: tuple[str, ...] = ()
+
+
+class Departure(Frozen):
+    """An operator whose output isn't what the reference says, though its inputs are.
+
+    SQNRs are in dB: ``inf`` where nothing differs, ``-inf`` where one side isn't finite.
+
+    Attributes:
+        level: where it came in: ``engine`` (the engine against the form it was built from), ``form`` (that form against
+            the fp32 graph), ``conversion`` (the fp32 graph against the program).
+        operator: its type, such as ``Conv``, or what the engine calls it.
+        node: its name in the reference graph.
+        engine_node: the operator of the engine that stands for it, where that is known.
+        module: path as ``named_modules`` spells it; ``""`` if unknown.
+        line: ``file:line`` of the user's source; ``""`` if unknown.
+        output: the tensor that departs, by its name in the reference graph.
+        before: worst SQNR of its inputs, when the whole model runs freely.
+        after: SQNR of its output, likewise.
+        own: SQNR of its output when it is given the reference's inputs.
+        allowed: the least `own` that rounding explains.
+        because: how `allowed` is known, in words.
+        kind: what is wrong with it, in two or three words, where that can be told: ``bias``, ``range saturates``.
+        suggestion: what to do, in one sentence.
+    """
+
+    level: Literal["engine", "form", "conversion"]
+    operator: str
+    node: str
+    engine_node: str | None = None
+    module: str = ""
+    line: str = ""
+    output: str
+    before: float
+    after: float
+    own: float
+    allowed: float
+    because: str
+    kind: str = "operator differs"
+    suggestion: str
+
+
+class Layer(Frozen):
+    """One line of the error of each layer, in the graph's order; SQNRs are in dB.
+
+    Attributes:
+        after_db: of its output, when the whole model runs freely.
+        own_db: likewise, when it is given the reference's inputs; None where that isn't known.
+    """
+
+    node: str
+    operator: str
+    module: str = ""
+    line: str = ""
+    output: str
+    after_db: float
+    own_db: float | None = None
+
+
+class Explanation(Frozen):
+    """``explanation.json``: where an engine stops being its model, if it does.
+
+    Attributes:
+        sizes: of the axes, at which the model was looked at.
+        departures: the first is the answer; none where all is as it should be.
+        layers: of the engine against the form it was built from.
+        compared: tensors that were compared.
+        not_compared: why some levels could not be looked into; None if all were.
+    """
+
+    recipe: str
+    target: str
+    scheme: Scheme
+    sizes: tuple[Mapping[str, int], ...] = ()
+    departures: tuple[Departure, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    compared: int = 0
+    not_compared: str | None = None
 
 
 class AuditRow(Frozen):
