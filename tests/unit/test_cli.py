@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli
+from pipeline import cli, workspace
 
 SURFACE = {
     "init": {"--remote"},
@@ -96,7 +96,7 @@ def test_a_bug_of_ours_is_said_and_its_details_kept(monkeypatch, capsys):
     def broken(_):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(cli.workspace, "find", broken)
+    monkeypatch.setattr(workspace, "find", broken)
     assert cli.invoke(["recipes"]) == 1
     err = capsys.readouterr().err
     assert "a bug in exportyard: ZeroDivisionError: oh" in err
@@ -108,7 +108,7 @@ def test_interrupted(monkeypatch, capsys):
     def stop(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.workspace, "find", stop)
+    monkeypatch.setattr(workspace, "find", stop)
     with pytest.raises(KeyboardInterrupt):
         cli.invoke(["recipes"])
 
