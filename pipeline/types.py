@@ -40,6 +40,7 @@ Kind = Literal[
     "explanation",
     "audit",
     "latency",
+    "compilation",
     "release",
 ]
 OutputKind = Literal["logits", "probabilities", "embedding", "scores", "indices", "boxes", "other"]
@@ -686,6 +687,101 @@ class Comparison(Frozen):
 
     sizes: tuple[Mapping[str, int], ...]
     versus_eager: tuple[Mapping[str, Ratio], ...]
+
+
+class ProfileRow(Frozen):
+    """One operator of an engine, and what of a call's time goes into it.
+
+    Attributes:
+        operator: its kind, as the engine calls it: ``Conv``, ``FusedMatMul``, ``ReorderOutput``.
+        name: of this one, in the engine.
+        node: of the form's graph for which it stands; empty if that isn't known, as are the next two then.
+        module: path of the PyTorch module that it came from, as ``named_modules`` spells it.
+        line: ``file:line`` of the user's source.
+        ms: on the clock within one call, the median over the calls.
+    """
+
+    operator: str
+    name: str
+    node: str = ""
+    module: str = ""
+    line: str = ""
+    ms: float
+
+
+class Profile(Frozen):
+    """Where the time of an engine's calls goes, by the runtime's own profiler.
+
+    Attributes:
+        sizes: of the axes.
+        threads: that ran one operator.
+        calls: how many were profiled.
+        call_ms: one profiled call, from outside, the median.
+        plain_ms: one call without the profiler, measured in turn with the profiled ones; the profiler costs the
+            difference.
+        rows: in the order they run in; what they leave of `call_ms` is the runtime's own work between operators.
+        not_profiled: why there are no rows.
+    """
+
+    scheme: Scheme
+    sizes: Mapping[str, int] = {}
+    threads: int = 1
+    calls: int = 0
+    call_ms: float = 0
+    plain_ms: float = 0
+    rows: tuple[ProfileRow, ...] = ()
+    not_profiled: str | None = None
+
+    @property
+    def operators_ms(self) -> float:
+        """What all operators of one call take together."""
+        return sum(row.ms for row in self.rows)
+
+
+class ProfileReport(Frozen):
+    """``profile.json``, beside ``latency.json``: a profile of each candidate that was timed."""
+
+    recipe: str
+    target: str
+    cpu: str
+    profiles: tuple[Profile, ...]
+
+
+class Place(Frozen):
+    """A place in the user's code at which a compiler stops, starts again or takes something for granted.
+
+    Attributes:
+        line: ``file:line: code``, empty if it isn't known.
+        reason: what happens there.
+        advice: what to do about it; empty if nothing need be done.
+        sizes: of the axes at which it happened, where that matters.
+    """
+
+    line: str = ""
+    reason: str
+    advice: str = ""
+    sizes: Mapping[str, int] = {}
+
+
+class Compilation(Frozen):
+    """``compilation.json``: what ``torch.compile`` makes of the user's model over the sizes of its axes.
+
+    Attributes:
+        sizes: that it was called with, in this order.
+        graphs: that the first call was cut into.
+        graph_breaks: where it was cut.
+        recompilations: what made it compile again at later sizes.
+        guards: what the captured program took for granted about sizes; each was compared with the model there.
+        not_followed: why torch.compile could not follow the model at all.
+    """
+
+    recipe: str
+    sizes: tuple[Mapping[str, int], ...] = ()
+    graphs: int = 0
+    graph_breaks: tuple[Place, ...] = ()
+    recompilations: tuple[Place, ...] = ()
+    guards: tuple[Place, ...] = ()
+    not_followed: str | None = None
 
 
 Runner = Callable[["Tensors"], "dict[str, NDArray[np.generic]]"]
