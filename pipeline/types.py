@@ -498,8 +498,34 @@ class MetricResult(Frozen):
     vs_eager: tuple[Distance, ...] = ()
 
 
+class StressCheck(Frozen):
+    """What one question beyond usual inputs found out about an engine (`pipeline.stress`).
+
+    Attributes:
+        name: of the check, a key of the recipe's `[stress]`; of a kept input it is ``vector:<file>``.
+        sizes: of the axes; none where nothing was run.
+        compared: what with what, in words: ``engine with its form``, ``engine with itself, 1 row at a time``.
+        found: the distances of the engine.
+        own: for an invariance, the distances of the form to itself, which has no need to be invariant.
+        verdict: ``noted`` is for what the form itself does, and for what the recipe doesn't fail a target for.
+        why: what is wrong, or why it wasn't looked at; empty where it passed.
+    """
+
+    name: str
+    sizes: Mapping[str, int] = {}
+    compared: str = ""
+    found: tuple[Distance, ...] = ()
+    own: tuple[Distance, ...] = ()
+    verdict: Literal["passed", "failed", "noted", "not applicable"]
+    why: str = ""
+
+
 class ParityReport(Frozen):
-    """``parity.json``: whether an engine is still the model, and how that is known."""
+    """``parity.json``: whether an engine is still the model, and how that is known.
+
+    Attributes:
+        stress: what was asked beyond usual inputs; a check that failed is among `reasons`, too.
+    """
 
     recipe: str
     target: str
@@ -508,6 +534,7 @@ class ParityReport(Frozen):
     metric: MetricResult
     passed: bool
     reasons: tuple[str, ...] = ()
+    stress: tuple[StressCheck, ...] = ()
 
 
 class Departure(Frozen):
