@@ -70,6 +70,18 @@ def module_of(node: NodeProto) -> str:
     return path.removeprefix("model").removeprefix(".") if found[1] == "model" else path
 
 
+def line_of(node: NodeProto) -> str:
+    """``file:line`` of the innermost line of the user's own code that `node` comes from; ``""`` if unknown."""
+    trace = next((entry.value for entry in node.metadata_props if entry.key == TRACE), "")
+    mine = _users(_LINE.findall(trace))
+    return f"{mine[-1][0]}:{mine[-1][1]}" if mine else ""
+
+
+def _users(lines: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those of `lines`, (file, number), that are neither torch's nor ours."""
+    return [line for line in lines if not line[0].startswith(("torch/", "pipeline/", "<"))]
+
+
 def of_program_error(program: ExportedProgram, message: str) -> str:
     """What is known about the first operator of `program` that a compiler's `message` names, as `of_error` tells it."""
     words = {word.strip(".:,'\"").replace("::", ".").removeprefix("torch.ops.") for word in _WORD.findall(message)}
@@ -100,5 +112,5 @@ def module_of_call(node: Node) -> str:
 
 def _of_call(node: Node) -> str:
     module, lines = module_of_call(node), _LINE.findall(node.meta.get("stack_trace") or "")
-    mine = [line for line in lines if not line[0].startswith(("torch/", "pipeline/", "<"))] or lines
+    mine = _users(lines) or lines
     return (f", in module `{module}`" if module else "") + (f", at {mine[-1][0]}:{mine[-1][1]}" if mine else "")
