@@ -10,7 +10,6 @@ import contextlib
 import errno
 import logging
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +19,13 @@ from typing import Any
 
 from pydantic import JsonValue, ValidationError
 
-from pipeline import backends, digest, git, host, recipes, registry, store, turns
+from pipeline import backends, digest, git, host, recipes, registry, store, timeline, turns
 from pipeline.errors import StoreError, WorkspaceError, first_line
 from pipeline.exchange import AbsentError, Exchange
 from pipeline.job import TUNING, Job, Maker, Work
 from pipeline.run import Status, Verdict
 from pipeline.store import Key, Made
+from pipeline.timeline import StepTime
 from pipeline.types import Audit, Frozen, LatencyReport, ParityReport, Scheme, Target
 from pipeline.workspace import Workspace
 
@@ -225,11 +225,13 @@ class Outcome(Frozen):
         verdict: see `_Verdict`.
         steps: what it made, as the exchange names it.
         worker: which machine it was, for people.
+        times: when and how long it was at work on these steps.
     """
 
     verdict: _Verdict
     steps: dict[str, str]
     worker: str
+    times: tuple[StepTime, ...] = ()
 
 
 class _Verdict(Frozen):
@@ -256,7 +258,8 @@ Outcome.model_rebuild()
 def outcome(job: Job, found: Verdict, maker: SharedMaker, given: Mapping[str, Made]) -> Outcome:
     """What a worker tells about one row: of all that `job` made, what it wasn't `given`."""
     steps = {step: maker.references[job.folder / step] for step in job.made if step not in given}
-    return Outcome(verdict=_plain(job, found), steps=steps, worker=f"{platform.node()} ({host.cpu_name()})")
+    times = timeline.read(job.folder, {step: job.made[step].stored.artifact.key for step in steps})
+    return Outcome(verdict=_plain(job, found), steps=steps, worker=timeline.here(), times=tuple(times))
 
 
 def _plain(job: Job, found: Verdict) -> _Verdict:
@@ -288,6 +291,7 @@ def accept(job: Job, target: Target, found: Outcome, exchange: Exchange) -> Verd
     """
     for step, reference in found.steps.items():
         job.made[step] = Made(exchange.get(reference, job.folder / safe(step)), "built")
+    timeline.note(job.folder, found.times)
     return _restored(job, target, found.verdict)
 
 

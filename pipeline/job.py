@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from pipeline import backends, digest, host, limits, recipes, store
+from pipeline import backends, digest, host, limits, recipes, store, timeline
 from pipeline import targets as rows_of
 from pipeline.errors import (
     CheckpointError,
@@ -29,6 +30,7 @@ from pipeline.errors import (
     nearest,
 )
 from pipeline.store import Key, Made, Stored, write_json
+from pipeline.timeline import StepTime
 from pipeline.types import (
     CHECKPOINT_KINDS,
     Audit,
@@ -97,19 +99,26 @@ class Job:
         return self.workspace.artifacts / self.recipe.name
 
     def _make(self, step: str, key: Callable[[], Key], work: Work) -> Made:
-        def ready(out: Path) -> Mapping[str, JsonValue]:
-            self._define_operators()
-            return work(out)
-
         if step in self.ended:
             raise self.ended[step]
         if step not in self.made:
             try:
-                self.made[step] = self.maker.make(self.folder / step, key(), ready)
+                asked = key()
+                self.made[step] = self.maker.make(self.folder / step, asked, partial(self._worked, step, asked, work))
             except LimitError as error:
                 self.ended[step] = error
                 raise
         return self.made[step]
+
+    def _worked(self, step: str, key: Key, work: Work, out: Path) -> Mapping[str, JsonValue]:
+        """Do the work of one step, and note when that was and how long it took."""
+        self._define_operators()
+        start, begun = time.time(), time.perf_counter()
+        facts = work(out)
+        seconds = time.perf_counter() - begun
+        took = StepTime(step=step, key=key.digest, start=start, seconds=seconds, where=timeline.here())
+        timeline.note(self.folder, [took])
+        return facts
 
     def _define_operators(self) -> None:
         """Import the user's code if the program has operators of its own: without them it can't even be read."""
