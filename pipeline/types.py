@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -915,6 +915,52 @@ class Tuner(Backend, Protocol):
 
     def build_tuned(self, model: Stored, target: Target, tuning: Path, out: Path) -> Mapping[str, JsonValue]:
         """As `build`, with the folder that `tune` wrote."""
+        ...
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """One operator of an engine, as its runtime's profiler saw it.
+
+    Attributes:
+        name: in the engine.
+        kind: as the engine calls it.
+        ms: of one call, one entry for each call that was profiled.
+        reads: names of the tensors that it reads, weights included; empty if the runtime doesn't tell.
+        makes: names of the tensors that it makes; likewise.
+        stands_for: names of the form's nodes, if the runtime itself says for which it stands.
+    """
+
+    name: str
+    kind: str
+    ms: tuple[float, ...]
+    reads: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+    stands_for: tuple[str, ...] = ()
+
+
+class ProfiledRunner(Protocol):
+    """A `Runner` whose calls are profiled."""
+
+    def __call__(self, feeds: Tensors, /) -> dict[str, NDArray[np.generic]]:
+        """As any runner."""
+        ...
+
+    def operators(self) -> Sequence[OperatorTime]:
+        """What each operator took in the calls so far, in the order they run in; there are no calls after it."""
+        ...
+
+
+class Profiler(Backend, Protocol):
+    """A backend whose runtime can tell how long each operator takes."""
+
+    def load_profiled(self, engine: Stored, target: Target, threads: int) -> AbstractContextManager[ProfiledRunner]:
+        """As `load`.
+
+        Raises:
+            NotApplicable: an engine of this kind can't be profiled; the message says why.
+            BuildError, UnavailableError: as `load`.
+        """
         ...
 
 
