@@ -123,20 +123,33 @@ def between(
         higher_is_better: of the recipe's metric.
         code: files of the recipe that differ between the two commits.
     """
-    pairs = tuple(
-        _pair(name, before, after, policy, higher_is_better) for name in sorted({*before.engines, *after.engines})
+    found = pairs(before.engines, after.engines, after.skipped, policy, higher_is_better=higher_is_better)
+    return Difference(before, after, _changes(before, after, code), found, policy is not None)
+
+
+def pairs(
+    before: Mapping[str, Engine],
+    after: Mapping[str, Engine],
+    skipped: Mapping[str, str],
+    policy: Regression | None,
+    *,
+    higher_is_better: bool = True,
+) -> tuple[Pair, ...]:
+    """Engines of two releases side by side, by target; `skipped` says why the second has none for a target."""
+    return tuple(
+        _pair(name, before.get(name), after.get(name), skipped, policy, higher_is_better)
+        for name in sorted({*before, *after})
     )
-    return Difference(before, after, _changes(before, after, code), pairs, policy is not None)
 
 
 def _changes(before: Manifest, after: Manifest, code: Sequence[str]) -> tuple[Change, ...]:
-    found = _between("checkpoint", before.checkpoint, after.checkpoint)
+    found = changed("checkpoint", before.checkpoint, after.checkpoint)
     if before.source.commit != after.source.commit:
         commits = [f"{one.source.commit[:10]}{' (uncommitted changes)' * one.source.dirty}" for one in (before, after)]
         found.append(Change("code" + "".join(f"\n  {name}" for name in code), *commits))
     if before.data != after.data:
         found.append(Change("calibration and evaluation data", before.data, after.data))
-    found += _between("tool", before.tools, after.tools)
+    found += changed("tool", before.tools, after.tools)
     if before.signature != after.signature:
         found.append(Change("inputs, outputs or axes", _signature(before), _signature(after)))
     return tuple(found)
@@ -147,7 +160,8 @@ def _signature(found: Manifest) -> str:
     return ", ".join(f"{spec.name} {spec.dtype}[{', '.join(map(str, spec.shape))}]" for spec in specs)
 
 
-def _between(title: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+def changed(title: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """Entries that differ, each named by `title` and its key."""
     return [
         Change(f"{title} {name}", _text(before.get(name)), _text(after.get(name)))
         for name in sorted({*before, *after})
@@ -159,11 +173,17 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _pair(name: str, before: Manifest, after: Manifest, policy: Regression | None, higher_is_better: bool) -> Pair:
-    old, new = before.engines.get(name), after.engines.get(name)
+def _pair(
+    name: str,
+    old: Engine | None,
+    new: Engine | None,
+    skipped: Mapping[str, str],
+    policy: Regression | None,
+    higher_is_better: bool,
+) -> Pair:
     if old is None or new is None:
         lost = new is None and policy is not None and policy.keep_targets
-        why = after.skipped.get(name, "it was not asked for")
+        why = skipped.get(name, "it was not asked for")
         return Pair(name, old, new, regressions=(f"has no engine any more: {why}",) if lost else ())
     one, other = old.parity.metric, new.parity.metric
     fall = None
@@ -178,7 +198,7 @@ def _pair(name: str, before: Manifest, after: Manifest, policy: Regression | Non
         slower=slower,
         surely=surely,
         larger=_size(new) / max(1, _size(old)),
-        changes=tuple(_between("tool", old.tools, new.tools) + _between("row:", _row(old), _row(new))),
+        changes=tuple(changed("tool", old.tools, new.tools) + changed("row:", _row(old), _row(new))),
     )
     return found if policy is None else _judged(found, policy.of(name))
 

@@ -86,6 +86,21 @@ def versions(root: Path, recipe: str) -> list[Release]:
     return _releases(root, folder, [tag for tag in tags_of(root) if tag.recipe == recipe and tag.folder == folder])
 
 
+def newest(root: Path, recipe: str) -> Release | None:
+    """The newest release of `recipe` that is neither withdrawn nor a pre-release; None where there is none.
+
+    Raises:
+        ReleaseError: `root` is not in a git work tree.
+    """
+    git.top(root)
+    folder = git.folder_of(root)
+    mine = [tag for tag in tags_of(root) if tag.recipe == recipe and tag.folder == folder]
+    withdrawn = {tag.version for tag in mine if tag.withdrawn}
+    standing = [tag for tag in mine if tag.version not in withdrawn and not tag.version.label]
+    last = max(standing, key=lambda tag: tag.version, default=None)
+    return None if last is None else _release(root, folder, last, withdrawn=False)
+
+
 def manifest_of(root: Path, recipe: str, version: str) -> Manifest:
     """The manifest of one release of `recipe`, from git alone.
 

@@ -12,22 +12,20 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from safetensors.numpy import save_file
 
-from pipeline import backends, buckets, compare, digest, manifest, padding, reference, samples
+from pipeline import backends, buckets, compare, digest, evidence, manifest, padding, reference, samples
 from pipeline.errors import ReleaseError, StoreError
+from pipeline.evidence import worst
 from pipeline.manifest import (
     Beside,
     Bucket,
     Engine,
     Golden,
-    Latency,
-    LatencyLine,
     Manifest,
-    ParitySummary,
     ReleaseFile,
     Selector,
 )
 from pipeline.store import Stored
-from pipeline.types import Axis, Chosen, Distance, ParityReport, Recipe, Runner, Tolerance, Tried
+from pipeline.types import Axis, Chosen, Distance, Recipe, Runner, Tolerance, Tried
 
 Array = NDArray[Any]
 SEED = 20_000  # of the golden inputs; any number that parity does not use
@@ -138,24 +136,12 @@ def _keyed(feeds: Mapping[str, Mapping[str, Array]], expected: Mapping[str, Mapp
 def _engine(
     item: Chosen, feeds: Mapping[str, Mapping[str, Array]], expected: Mapping[str, Mapping[str, Array]], out: Path
 ) -> Engine:
-    folder = manifest.folder_of(item.target.name)
-    files = tuple(
-        _copy(item.engine.file(name), out, ReleaseFile(path=folder + name, **fact.model_dump()))
-        for name, fact in sorted(item.engine.artifact.files.items())
-    )
-    parity = summary(item.parity)
+    for name, file in zip(sorted(item.engine.artifact.files), evidence.files(item), strict=True):
+        _copy(item.engine.file(name), out, file)
     found = [distance for rows in _measured(item, feeds, expected) for distance in rows]
-    return Engine(
-        target=item.target.model_copy(update={"device": None}),  # where our board is concerns nobody
-        scheme=item.scheme,
-        reason=item.reason,
-        tools=item.engine.artifact.tools,
-        files=files,
-        parity=parity,
-        latency=_latency(item),
-        golden=bounds(worst([*parity.vs_eager, *found]), expected.values()),
-        selector=_selector(item),
-    )
+    known = evidence.engine(item)
+    golden = bounds(worst([*known.parity.vs_eager, *found]), expected.values())
+    return known.model_copy(update={"golden": golden, "selector": _selector(item)})
 
 
 def _selector(item: Chosen) -> Selector | None:
@@ -177,7 +163,7 @@ def _selector(item: Chosen) -> Selector | None:
     )
 
 
-def _copy(source: Path, out: Path, file: ReleaseFile) -> ReleaseFile:
+def _copy(source: Path, out: Path, file: ReleaseFile) -> None:
     """Copy one file and check it, in one pass over its bytes.
 
     A copy, not a hard link: a link would share its bytes with the store, and whoever edits, truncates or appends to
@@ -195,7 +181,6 @@ def _copy(source: Path, out: Path, file: ReleaseFile) -> ReleaseFile:
             f"`{source}` has other bytes than were built",
             hint="`exportyard export` builds it again; then publish again",
         )
-    return file
 
 
 def _described(out: Path, name: str) -> ReleaseFile:
@@ -224,38 +209,6 @@ def _run(run: Runner, arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {name: value.copy() for name, value in run(arrays).items()}
 
 
-def summary(report: ParityReport) -> ParitySummary:
-    """A parity report in short: the worst of each number, per output, over all sizes."""
-    return ParitySummary(
-        sizes=len(report.sizes),
-        vs_onnx=worst(distance for row in report.sizes for distance in row.vs_onnx),
-        vs_eager=worst(distance for row in report.sizes for distance in row.vs_eager),
-        metric=report.metric,
-    )
-
-
-def worst(distances: Iterable[Distance]) -> tuple[Distance, ...]:
-    """For each output, in order of appearance, the worst of each number."""
-    found: dict[str, Distance] = {}
-    for one in distances:
-        found[one.output] = _worse(found[one.output], one) if one.output in found else one
-    return tuple(found.values())
-
-
-def _worse(one: Distance, other: Distance) -> Distance:
-    shares = [share for share in (one.argmax_agreement, other.argmax_agreement) if share is not None]
-    return Distance(
-        output=one.output,
-        kind=one.kind,
-        max_abs=max(one.max_abs, other.max_abs),
-        max_over_peak=max(one.max_over_peak, other.max_over_peak),
-        rmse=max(one.rmse, other.rmse),
-        sqnr_db=min(one.sqnr_db, other.sqnr_db),
-        cosine=min(one.cosine, other.cosine),
-        argmax_agreement=min(shares) if shares else None,
-    )
-
-
 def bounds(measured: Iterable[Distance], expected: Iterable[Mapping[str, Array]]) -> dict[str, Tolerance]:
     """How far a device may be from the golden outputs: `MARGIN` times the worst that was measured here.
 
@@ -276,17 +229,3 @@ def bounds(measured: Iterable[Distance], expected: Iterable[Mapping[str, Array]]
 def _peak(array: Array) -> float:
     finite = np.abs(array[np.isfinite(array)].astype(np.float64))
     return float(finite.max()) if finite.size else 0.0
-
-
-def _latency(item: Chosen) -> Latency:
-    rows = tuple(
-        LatencyLine(
-            sizes=row.sizes,
-            threads=row.threads,
-            eager=row.eager,
-            engine=row.engines[item.scheme],
-            versus_eager=row.versus_eager[item.scheme].median if row.versus_eager else None,
-        )
-        for row in item.latency.rows
-    )
-    return Latency(cpu=item.latency.cpu, rows=rows, not_measured=item.latency.not_measured)
