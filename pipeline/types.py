@@ -42,6 +42,7 @@ Kind = Literal[
     "latency",
     "compilation",
     "release",
+    "report",
 ]
 OutputKind = Literal["logits", "probabilities", "embedding", "scores", "indices", "boxes", "other"]
 RangeMethod = Literal["minmax", "entropy", "percentile", "mse"]
