@@ -28,7 +28,7 @@ from benchmarks import side_by_side as sides
 from pipeline import backends, run
 from pipeline.errors import ExportyardError
 from pipeline.job import Job
-from pipeline.stages.benchmark import timed_sizes, timed_threads
+from pipeline.timing import timed_sizes, timed_threads
 from pipeline.types import Runner
 from pipeline.workspace import Workspace
 

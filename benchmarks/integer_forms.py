@@ -22,7 +22,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks import side_by_side as sides
-from pipeline.stages.benchmark import timed_threads
+from pipeline.timing import timed_threads
 
 SECONDS = 5.0  # of timing, for each number of threads
 UNSIGNED, SIGNED, FLOAT = np.dtype(np.uint8), np.dtype(np.int8), np.dtype(np.float32)

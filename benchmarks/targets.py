@@ -29,7 +29,7 @@ from benchmarks import side_by_side as sides
 from pipeline import backends, run, summary, targets
 from pipeline.job import Job
 from pipeline.run import Verdict
-from pipeline.stages.benchmark import timed_sizes
+from pipeline.timing import timed_sizes
 from pipeline.types import Scheme, Target
 from pipeline.workspace import Workspace
 

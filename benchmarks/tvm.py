@@ -33,10 +33,10 @@ from benchmarks import side_by_side as sides
 from pipeline import backends, fixing, run, samples, store
 from pipeline.errors import NotApplicable
 from pipeline.job import TUNING, Job
-from pipeline.stages.benchmark import timed_threads
 from pipeline.stages.build import build
 from pipeline.stages.tune import tune
 from pipeline.store import Key, Stored
+from pipeline.timing import timed_threads
 from pipeline.types import Runner, Scheme, Target, no_report
 from pipeline.workspace import Workspace
 

@@ -520,10 +520,15 @@ class Job:
         return Audit.model_validate_json(self.audit(target, scheme).stored.file("audit.json").read_text())
 
     def latency(self, target: Target, schemes: tuple[Scheme, ...]) -> Made:
-        """How fast the engines of `schemes` are, measured together."""
+        """How fast the engines of `schemes` are, measured together; and their profiles, if the backend can tell."""
+
+        def forms() -> dict[Scheme, Stored]:
+            can = backends.can_profile(target)
+            return {scheme: self.form(target, scheme).stored for scheme in schemes if can}
 
         def key() -> Key:
             inputs: dict[str, str] = {scheme: self.engine(target, scheme).stored.digest for scheme in schemes}
+            inputs |= {f"form of {scheme}": form.digest for scheme, form in forms().items()}
             inputs["program"] = self.program().stored.digest
             config = self.recipe.model_dump(mode="json", include={"axes", "inputs"})
             config |= {"cpu": host.cpu_name(), "threads": host.cpu_count()} | _place(target) | _measured()
@@ -534,7 +539,7 @@ class Job:
             from pipeline.stages.benchmark import benchmark
 
             engines = {scheme: self.engine(target, scheme).stored for scheme in schemes}
-            return benchmark(self.recipe, target, engines, self.program().stored, out, self.report)
+            return benchmark(self.recipe, target, engines, forms(), self.program().stored, out, self.report)
 
         return self._make(self._run(target, f"latency/{target.name}"), key, work)
 

@@ -68,6 +68,11 @@ def tuning_file(target: Target) -> str | None:
     return None if records is None else cast("str | None", records(target))
 
 
+def can_profile(target: Target) -> bool:
+    """Whether the row's backend is a `Profiler`."""
+    return hasattr(find(target.backend), "load_profiled")
+
+
 def quantizer(target: Target, scheme: Scheme) -> str | None:
     """Which quantizer makes the program that `target` builds from in this form; None if it takes an ONNX graph.
 

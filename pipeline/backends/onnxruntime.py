@@ -18,8 +18,8 @@ from pydantic import JsonValue
 
 from pipeline import host, ort_gpu, targets
 from pipeline.backends import checked
-from pipeline.errors import BuildError, UnavailableError, UsageError, unknown
-from pipeline.types import Runner, Scheme, Target
+from pipeline.errors import BuildError, NotApplicable, UnavailableError, UsageError, unknown
+from pipeline.types import ProfiledRunner, Runner, Scheme, Target
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,8 +129,6 @@ class OnnxRuntime:
             BuildError: the file is broken, or this version of ONNX Runtime can't read it.
             UnavailableError: the provider is for a GPU that this host hasn't got.
         """
-        import onnxruntime
-
         options = _options(target, threads)
         if ort_gpu.check(target) != "cpu":
             reason = self.not_runnable(target)
@@ -138,25 +136,59 @@ class OnnxRuntime:
                 raise UnavailableError(f"`{target.name}` can't be run on this host: {reason}")
             yield checked(ort_gpu.runner(engine, target, options), engine.signature())
             return
-        levels = onnxruntime.GraphOptimizationLevel
-        # a graph laid out for this CPU is finished; a portable one gets its layout here
-        done = target.options.get("optimization") == "all"
-        options.graph_optimization_level = levels.ORT_DISABLE_ALL if done else levels.ORT_ENABLE_ALL
-        path = engine.file(_choice(target, "format", "onnx", FORMATS))
-        signature = engine.signature()
-        try:
-            session = _session(path, options)
-        except Exception as error:  # as above
-            raise BuildError(
-                f"onnxruntime can't load the engine `{path}`: {_plain(error)}",
-                hint="`exportyard export` builds it again",
-            ) from error
-        outputs = [spec.name for spec in signature.outputs]
+        yield _runner(_opened(engine, target, options), engine)
 
-        def run(feeds: Tensors) -> dict[str, NDArray[Any]]:
-            return dict(zip(outputs, session.run(outputs, dict(feeds)), strict=True))
+    @contextlib.contextmanager
+    def load_profiled(self, engine: Stored, target: Target, threads: int) -> Iterator[ProfiledRunner]:
+        """As `load`, with ONNX Runtime's profiler on.
 
-        yield checked(run, signature)
+        Raises:
+            NotApplicable: the provider is for a GPU, whose kernels have ended when nobody has looked at the clock.
+            BuildError: as `load`.
+        """
+        from pipeline import ort_profile
+
+        if ort_gpu.check(target) != "cpu":
+            raise NotApplicable("ONNX Runtime's profiler sees the launch of a GPU's kernel, and not how long it runs")
+        options = _options(target, threads)
+        # from the mobile format no graph can be written back
+        keeps_graph = _choice(target, "format", "onnx", FORMATS) == "model.onnx"
+        with ort_profile.Recorder(options, keeps_graph=keeps_graph) as recorder:
+            session = _opened(engine, target, options)
+            recorder.watch(session, _runner(session, engine))
+            yield recorder
+
+
+def _opened(engine: Stored, target: Target, options: Any) -> Any:
+    """A session on the CPU.
+
+    Raises:
+        BuildError: the file is broken, or this version of ONNX Runtime can't read it.
+    """
+    import onnxruntime
+
+    levels = onnxruntime.GraphOptimizationLevel
+    # a graph laid out for this CPU is finished; a portable one gets its layout here
+    done = target.options.get("optimization") == "all"
+    options.graph_optimization_level = levels.ORT_DISABLE_ALL if done else levels.ORT_ENABLE_ALL
+    path = engine.file(_choice(target, "format", "onnx", FORMATS))
+    try:
+        return _session(path, options)
+    except Exception as error:  # its own exceptions share no class but Exception
+        raise BuildError(
+            f"onnxruntime can't load the engine `{path}`: {_plain(error)}",
+            hint="`exportyard export` builds it again",
+        ) from error
+
+
+def _runner(session: Any, engine: Stored) -> Runner:
+    signature = engine.signature()
+    outputs = [spec.name for spec in signature.outputs]
+
+    def run(feeds: Tensors) -> dict[str, NDArray[Any]]:
+        return dict(zip(outputs, session.run(outputs, dict(feeds)), strict=True))
+
+    return checked(run, signature)
 
 
 def _choice(target: Target, option: str, default: str, choices: Mapping[str, str]) -> str:
