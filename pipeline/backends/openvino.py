@@ -28,7 +28,7 @@ from pipeline import digest, host, openvino_import, targets
 from pipeline.backends import checked
 from pipeline.errors import BuildError, UsageError, unknown
 from pipeline.store import write_json
-from pipeline.types import Runner, Scheme, Target
+from pipeline.types import ProfiledRunner, Runner, Scheme, Target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -131,30 +131,51 @@ class OpenVino:
         Raises:
             BuildError: a file is broken, or this version of OpenVINO can't read it.
         """
-        _check(target)
-        lacking = [name for name in (GRAPH, WEIGHTS, SETTINGS) if name not in engine.artifact.files]
-        if lacking:
-            raise BuildError(
-                f"`{engine.path}` is no engine of openvino: of {GRAPH}, {WEIGHTS} and {SETTINGS} it lacks {lacking[0]}",
-                hint="`exportyard export` builds it again",
-            )
-        try:
-            made_for = json.loads(engine.file(SETTINGS).read_text())
-            if digest.of_file(engine.file(WEIGHTS)) != made_for["weights"]:
-                raise ValueError(f"{WEIGHTS} is not as it was written")  # OpenVINO would take any bytes for numbers
-            settings = dict(made_for["settings"])
-            if made_for["device"] == "CPU":
-                settings["INFERENCE_NUM_THREADS"] = threads or int(target.options.get("threads", 0)) or host.cpu_count()
-            core = openvino_import.runtime().Core()
-            request = core.compile_model(
-                core.read_model(engine.file(GRAPH), engine.file(WEIGHTS)), made_for["device"], settings
-            ).create_infer_request()
-        except Exception as error:  # a RuntimeError of OpenVINO's, or settings that aren't any
-            raise BuildError(
-                f"openvino can't load the engine `{engine.file(GRAPH)}` with {WEIGHTS}: {openvino_import.plain(error)}",
-                hint="`exportyard export` builds it again",
-            ) from error
-        yield checked(_runner(request, engine.signature()), engine.signature())
+        compiled = _opened(engine, target, threads)
+        yield checked(_runner(compiled.create_infer_request(), engine.signature()), engine.signature())
+
+    @contextlib.contextmanager
+    def load_profiled(self, engine: Stored, target: Target, threads: int) -> Iterator[ProfiledRunner]:
+        """As `load`, with OpenVINO's counters on.
+
+        Raises:
+            BuildError: as `load`.
+        """
+        from pipeline.openvino_profile import Recorder
+
+        compiled = _opened(engine, target, threads, {"PERF_COUNT": True})
+        request = compiled.create_infer_request()
+        yield Recorder(compiled, request, checked(_runner(request, engine.signature()), engine.signature()))
+
+
+def _opened(engine: Stored, target: Target, threads: int | None, more: Mapping[str, JsonValue] | None = None) -> Any:
+    """The compiled model.
+
+    Raises:
+        BuildError: a file is broken, or this version of OpenVINO can't read it.
+    """
+    _check(target)
+    lacking = [name for name in (GRAPH, WEIGHTS, SETTINGS) if name not in engine.artifact.files]
+    if lacking:
+        raise BuildError(
+            f"`{engine.path}` is no engine of openvino: of {GRAPH}, {WEIGHTS} and {SETTINGS} it lacks {lacking[0]}",
+            hint="`exportyard export` builds it again",
+        )
+    try:
+        made_for = json.loads(engine.file(SETTINGS).read_text())
+        if digest.of_file(engine.file(WEIGHTS)) != made_for["weights"]:
+            raise ValueError(f"{WEIGHTS} is not as it was written")  # OpenVINO would take any bytes for numbers
+        settings = dict(made_for["settings"]) | dict(more or {})
+        if made_for["device"] == "CPU":
+            settings["INFERENCE_NUM_THREADS"] = threads or int(target.options.get("threads", 0)) or host.cpu_count()
+        core = openvino_import.runtime().Core()
+        model = core.read_model(engine.file(GRAPH), engine.file(WEIGHTS))
+        return core.compile_model(model, made_for["device"], settings)
+    except Exception as error:  # a RuntimeError of OpenVINO's, or settings that aren't any
+        raise BuildError(
+            f"openvino can't load the engine `{engine.file(GRAPH)}` with {WEIGHTS}: {openvino_import.plain(error)}",
+            hint="`exportyard export` builds it again",
+        ) from error
 
 
 def _runner(request: Any, signature: Signature) -> Runner:
