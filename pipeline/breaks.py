@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import linecache
 import os
 import re
 import tempfile
@@ -19,7 +20,7 @@ from torch._logging.structured import INTERN_TABLE
 from pipeline import program as programs
 from pipeline import ranges
 from pipeline.errors import CaptureError
-from pipeline.types import Recipe
+from pipeline.types import Place, Recipe
 
 _SHOWN = 3
 _BRANCH = re.compile(r"\s*(if|elif|while|assert)\b|\bif\b.*\belse\b|.*:\s*$")
@@ -80,6 +81,30 @@ def explain(
     if len(found) > _SHOWN:
         lines.append(f"  and {len(found) - _SHOWN} more")
     return CaptureError("\n".join(lines), hint="; ".join(dict.fromkeys(one.advice for one in found[:_SHOWN])))
+
+
+def place(where: str, reason: str, root: Path) -> Place:
+    """A graph break of torch.compile, in our words.
+
+    Args:
+        where: ``file:line: code``.
+        reason: as torch tells it.
+        root: of the workspace; the file is told relative to it.
+    """
+    file, _, rest = where.partition(":")
+    shown = f"{programs.short_path(file, root)}:{rest}" if rest else where
+    code = where.partition(": ")[2]
+    if reason.startswith("generic_jump") or "ata-dependent" in reason:
+        told, advice = _data_dependent(code)
+    else:
+        told, advice = reason.strip().splitlines()[0].rstrip("."), _advice(code + reason)
+    return Place(line=shown, reason=told, advice=advice)
+
+
+def place_of_line(file: str, line: int, root: Path) -> Place:
+    """A graph break of which only the line is known."""
+    code = linecache.getline(file, line).strip()
+    return place(f"{file}:{line}: {code}", "torch.compile goes back to Python here", root)
 
 
 def _count(places: int) -> str:

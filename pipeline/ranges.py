@@ -187,8 +187,8 @@ def _candidates(recipe: Recipe, names: list[str]) -> Iterator[dict[str, int]]:
 class Lines:
     """The user's source lines at which a trace narrowed sizes; torch itself keeps only a line of its own code.
 
-    Used as a context around a second trace, after the first has shown that something is wrong. It listens to
-    torch's shape environment; a torch without that method gives no lines, and messages that end one line earlier.
+    Used as a context around a trace. It listens to torch's shape environment, which costs next to nothing; a torch
+    without that method gives no lines, and messages that end one line earlier.
     """
 
     def __init__(self, root: Path) -> None:

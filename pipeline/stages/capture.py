@@ -11,13 +11,13 @@ from pydantic import JsonValue
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic  # torch has no public switch for it
 
-from pipeline import breaks, ranges, recipes
+from pipeline import breaks, ranges
 from pipeline import checkpoint as checkpoints
 from pipeline import program as programs
-from pipeline.errors import CaptureError, CheckpointError, ExportyardError, RecipeError
+from pipeline.restoring import restored
 from pipeline.store import Stored, write_json
 from pipeline.trial import Answer, Flat, compare, dtype_of, tensors
-from pipeline.types import Recipe, Signature, TensorSpec
+from pipeline.types import Place, Recipe, Signature, TensorSpec
 
 
 def capture(recipe: Recipe, checkpoint: Stored, out: Path) -> dict[str, JsonValue]:
@@ -33,23 +33,20 @@ def capture(recipe: Recipe, checkpoint: Stored, out: Path) -> dict[str, JsonValu
     path = checkpoints.file_of(checkpoint)
     with programs.quiet():
         called = Path(str(checkpoint.artifact.facts.get("source", path)))  # as the user knows it
-        model, facts = _model(recipe, path, called)
+        model, facts = restored(recipe, path, called)
         traced = ranges.trace_sizes(recipe)
         reference = [Answer.of(recipe, model, sizes) for sizes in ranges.check_sizes(recipe, traced)]
         flat = Flat(model, [spec.name for spec in recipe.outputs], copies=any(one.changed for one in reference))
         flat.training = model.training  # not .train(): the module of a saved program refuses it
-        program, mode = _trace(recipe, flat, traced)
-        try:
-            _check(recipe, program, model, reference, {})
-        except CaptureError:
-            _explain(recipe, flat, model, traced, reference)
-            raise
+        program, mode, lines = _trace(recipe, flat, traced)
+        doubts = _check(recipe, program, model, reference, lines)
     signature = _signature(recipe, program)
     programs.save(program, out / programs.FILE, recipe.root)
     write_json(out / "signature.json", signature.plain())
     spans: dict[str, JsonValue] = {name: [axis.min, axis.max] for name, axis in recipe.axes.items()}
     facts |= {"mode": mode, "ranges": spans, "nodes": len(program.graph.nodes), **checkpoints.count(model)}
     facts["operators"] = [*programs.custom_operators(program)]
+    facts["guards"] = [_guard(doubt, recipe.root).plain() for doubt in doubts]
     return facts
 
 
@@ -58,75 +55,15 @@ class _Echo(torch.nn.Module):
         return tuple(one.clone() for one in inputs)
 
 
-def _model(recipe: Recipe, path: Path, called: Path) -> tuple[torch.nn.Module, dict[str, JsonValue]]:
-    """The recipe's model with the checkpoint's weights, in evaluation mode."""
-    if path.suffix == ".pt2":
-        return _saved(recipe, path), {"source": "pt2"}
-    if recipe.factory is None:
-        raise RecipeError(
-            f"recipe `{recipe.name}` has no `factory`, and `{path.name}` holds only weights",
-            hint='add `factory = "model:make"` to recipe.toml, a function that returns the torch.nn.Module',
-        )
-    model = recipes.call(recipe, recipe.factory, "factory")
-    if not isinstance(model, torch.nn.Module):
-        raise RecipeError(
-            f'recipe `{recipe.name}`: `factory = "{recipe.factory}"` returned a {type(model).__name__}',
-            hint="return a torch.nn.Module",
-        )
-    state, facts = checkpoints.read(path)
+def _trace(recipe: Recipe, flat: Flat, sizes: Mapping[str, int]) -> tuple[ExportedProgram, str, dict[str, str]]:
+    """The traced program, how it was traced (``non-strict`` where that works, else ``strict``), and `Lines.found`."""
     try:
-        facts |= checkpoints.fill(model, state, called)
-        model.cpu()
-        model.eval()
-    except ExportyardError:
-        raise
-    except Exception as error:  # a module's own hooks, or parameters without memory
-        what = f'the model of `factory = "{recipe.factory}"` does not take its weights'
-        raise recipes.fault(recipe, what, error) from error
-    return model, {"source": path.suffix.removeprefix("."), **facts}
-
-
-def _saved(recipe: Recipe, path: Path) -> torch.nn.Module:
-    """The module inside a saved program, which must have the recipe's inputs and ranges."""
-    if recipe.factory is not None:
-        recipes.resolve(recipe, recipe.factory, "factory")  # it may register operators that the program uses
-    try:
-        program = torch.export.load(path)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"the checkpoint `{path}` is truncated, or not a program that this torch can read: {first[:160]}",
-            hint="write it again with `torch.export.save(program, path)`",
-        ) from error
-    own = programs.user_inputs(program)
-    shown = ", ".join(f"{dtype_of(one)}{[str(size) for size in one.shape]}" for one in own)
-    if len(own) != len(recipe.inputs):
-        raise CheckpointError(
-            f"the program `{path}` takes {len(own)} inputs ({shown}), the recipe describes {len(recipe.inputs)}",
-            hint="list the program's inputs in [[inputs]], in its order",
-        )
-    for value, spec in zip(own, recipe.inputs, strict=True):
-        if dtype_of(value) != spec.dtype or len(value.shape) != len(spec.shape):
-            raise CheckpointError(
-                f"the program `{path}` takes {dtype_of(value)} of rank {len(value.shape)} where the recipe's input"
-                f" `{spec.name}` is {spec.dtype} {list(spec.shape)}; it takes {shown}",
-                hint="describe the program's inputs in [[inputs]], in its order",
-            )
-    ranges.check_axes(program, recipe, {})
-    for doubt in ranges.narrowed(program, recipe, {}):
-        raise CaptureError(f"in the program `{path}`, {doubt.reason}", hint=doubt.hint)
-    module = program.module(check_guards=False)
-    assert isinstance(module, torch.nn.Module)
-    return module
-
-
-def _trace(recipe: Recipe, flat: Flat, sizes: Mapping[str, int]) -> tuple[ExportedProgram, str]:
-    """The traced program, and how it was traced: ``non-strict`` where that works, else ``strict``."""
-    try:
-        return _export(recipe, flat, sizes, strict=False), "non-strict"
+        with ranges.Lines(recipe.root) as lines:
+            return _export(recipe, flat, sizes, strict=False), "non-strict", lines.found
     except Exception as first:
         try:
-            return _export(recipe, flat, sizes, strict=True), "strict"
+            with ranges.Lines(recipe.root) as lines:
+                return _export(recipe, flat, sizes, strict=True), "strict", lines.found
         except Exception as second:
 
             def draft() -> Any:
@@ -168,8 +105,10 @@ def _check(
     model: torch.nn.Module,
     reference: list[Answer],
     lines: Mapping[str, str],
-) -> None:
+) -> list[ranges.Doubt]:
     """Compare program and model at small sizes and wherever tracing has left a doubt; then widen its ranges.
+
+    Returns the doubts, which are none any more.
 
     Raises:
         CaptureError: an axis is a constant, the two differ, or one of them fails.
@@ -178,24 +117,20 @@ def _check(
     run = programs.runnable(program)
     doubts = {str(doubt.sizes): doubt for doubt in ranges.assumed(program, recipe, lines)}
     doubts |= {str(doubt.sizes): doubt for doubt in ranges.narrowed(program, recipe, lines)}
+    known = {str(answer.sizes) for answer in reference}
     for answer in reference:
-        compare(recipe, run, model, answer, doubts.pop(str(answer.sizes), None))
-    for doubt in doubts.values():
+        compare(recipe, run, model, answer, doubts.get(str(answer.sizes)))
+    for doubt in (doubt for sizes, doubt in doubts.items() if sizes not in known):
         compare(recipe, run, model, Answer.of(recipe, model, doubt.sizes), doubt)
     ranges.widen(program, recipe)
+    return list(doubts.values())
 
 
-def _explain(
-    recipe: Recipe,
-    flat: Flat,
-    model: torch.nn.Module,
-    sizes: Mapping[str, int],
-    reference: list[Answer],
-) -> None:
-    """Trace once more and find the same fault again, now with the user's line in the message."""
-    with ranges.Lines(recipe.root) as lines:
-        program, _ = _trace(recipe, flat, sizes)
-    _check(recipe, program, model, reference, lines.found)
+def _guard(doubt: ranges.Doubt, root: Path) -> Place:
+    """What a trace took for granted about sizes, after the program was found to be right there all the same."""
+    file, _, rest = doubt.where.partition(":")
+    line = f"{programs.short_path(file, root)}:{rest}" if rest else ""
+    return Place(line=line, reason=doubt.reason, advice="none needed: program and model agree there", sizes=doubt.sizes)
 
 
 def _signature(recipe: Recipe, program: ExportedProgram) -> Signature:
