@@ -35,6 +35,7 @@ from pipeline.types import (
     CHECKPOINT_KINDS,
     Audit,
     Comparison,
+    Compilation,
     LatencyReport,
     Limits,
     ParityReport,
@@ -219,6 +220,27 @@ class Job:
             return capture(self.recipe, self.checkpoint().stored, out)
 
         return self._make("program", key, work)
+
+    def compilation(self) -> Made:
+        """What torch.compile would make of the model; asked for, it isn't part of an export."""
+
+        def key() -> Key:
+            sources = (self.recipe.factory, self.recipe.feeds)
+            inputs = {"checkpoint": self.checkpoint().stored.digest, "code": recipes.code_digest(self.recipe, *sources)}
+            inputs["program"] = self.program().stored.digest
+            config = self.recipe.model_dump(mode="json", include={"inputs", "outputs", "axes", "factory", "feeds"})
+            return Key("compilation", inputs, config, _tools("torch") | recipes.code_tools(self.recipe, *sources))
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline.stages.compilation import compilation
+
+            return compilation(self.recipe, self.checkpoint().stored, self.program().stored, out)
+
+        return self._make("compilation", key, work)
+
+    def compilation_report(self) -> Compilation:
+        """The content of `compilation`."""
+        return Compilation.model_validate_json(self.compilation().stored.file("compilation.json").read_text())
 
     def onnx(self, scheme: Scheme) -> Made:
         """The ONNX graph in one numeric form; see `left_out` for a form that doesn't apply to this model."""
