@@ -43,7 +43,7 @@ def to_onnx(recipe: Recipe, program: Stored, out: Path, inline_bytes: int = INLI
     signature = program.signature()
     symbols = programs.axis_symbols(source, recipe)
     with programs.quiet():
-        model = _converted(recipe, source, program)
+        model = _converted(recipe, source, program).model
         onnxscript.optimizer.optimize_ir(model)
         passes.RemoveUnusedOpsetsPass()(model)
         pins.pin(model, signature, symbols, recipe.root)
@@ -61,7 +61,21 @@ def to_onnx(recipe: Recipe, program: Stored, out: Path, inline_bytes: int = INLI
     return facts
 
 
-def _converted(recipe: Recipe, source: ExportedProgram, stored: Stored) -> ir.Model:
+def decomposed(recipe: Recipe, program: Stored) -> ExportedProgram:
+    """The program as the exporter breaks it down before it writes operators: most tensors of the graph have the names
+    of its nodes.
+
+    Raises:
+        NotApplicable, ConversionError, RecipeError: as `to_onnx`.
+    """
+    source = programs.load_program(program, recipe)
+    with programs.quiet():
+        found = _converted(recipe, source, program).exported_program
+    assert found is not None, "it was exported from one"
+    return found
+
+
+def _converted(recipe: Recipe, source: ExportedProgram, stored: Stored) -> torch.onnx.ONNXProgram:
     """The graph of `source`, which conversion changes, and which `stored` holds."""
     translations = _translations(recipe)
     try:
@@ -78,7 +92,9 @@ def _converted(recipe: Recipe, source: ExportedProgram, stored: Stored) -> ir.Mo
         raise _explained(recipe, source, error) from error
 
 
-def _exported(recipe: Recipe, program: ExportedProgram, translations: dict[Callable[..., Any], Any] | None) -> ir.Model:
+def _exported(
+    recipe: Recipe, program: ExportedProgram, translations: dict[Callable[..., Any], Any] | None
+) -> torch.onnx.ONNXProgram:
     made = torch.onnx.export(
         program,
         dynamo=True,
@@ -88,7 +104,7 @@ def _exported(recipe: Recipe, program: ExportedProgram, translations: dict[Calla
         custom_translation_table=translations,
     )
     assert made is not None
-    return made.model
+    return made
 
 
 def _translations(recipe: Recipe) -> dict[Callable[..., Any], Any] | None:
