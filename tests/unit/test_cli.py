@@ -16,6 +16,7 @@ SURFACE = {
     "targets": {"-C", "--json"},
     "export": {"--checkpoint", "--target", "-t", "--jobs", "-j", "-C", "--json"},
     "parity": {"--target", "-t", "-C", "--json"},
+    "profile": {"--target", "-t", "--by", "--depth", "--scheme", "-C", "--json"},
     "quantize": {"--target", "-t", "--explain", "-C", "--json"},
     "publish": {
         *("--checkpoint", "--target", "-t", "--bump", "--jobs", "-j", "--allow-dirty", "--allow-regression"),
