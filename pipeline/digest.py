@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,12 @@ def canonical(value: Any) -> str:
 def of_json(value: Any) -> str:
     """sha256 of the canonical JSON of `value`."""
     return of_bytes(canonical(value).encode())
+
+
+def of_arrays(arrays: Mapping[str, Any]) -> str:
+    """sha256 of NumPy arrays by name: their dtypes, shapes and values."""
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        found.update(array.tobytes())  # in C order, however it lies
+    return found.hexdigest()

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import JsonValue, ValidationError
 
-from pipeline import backends, digest, git, host, recipes, registry, store, timeline, turns
+from pipeline import backends, digest, git, host, recipes, registry, store, timeline, turns, vectors
 from pipeline.errors import StoreError, WorkspaceError, first_line
 from pipeline.exchange import AbsentError, Exchange
 from pipeline.job import TUNING, Job, Maker, Work
@@ -110,6 +110,7 @@ def request(job: Job, target: Target) -> str:
             "exportyard": host.versions(["exportyard"]),
             "recipe": recipe.model_dump(mode="json", exclude={"summary", "targets", "require", "regression"}),
             "code": code,
+            "vectors": vectors.digests(recipe),
             "rows": [row.model_dump(mode="json", exclude={"summary", "limits"}) for row in (target, *built)],
             "records": [digest.of_file(path) for path in shared if path.is_file()],
             "inputs": {step: made.stored.digest for step, made in inputs(job, target).items()},

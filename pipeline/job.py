@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from pipeline import backends, digest, host, limits, recipes, store, timeline
+from pipeline import backends, digest, host, limits, recipes, store, timeline, tolerances, vectors
 from pipeline import targets as rows_of
 from pipeline.errors import (
     CheckpointError,
@@ -501,10 +501,13 @@ class Job:
                 "program": self.program().stored.digest,
                 "data": self.data().stored.digest,
                 "code": recipes.code_digest(self.recipe, *metric),
+                "vectors": digest.of_json(vectors.digests(self.recipe)),
             }
             config = self.recipe.model_dump(mode="json", include={"axes", "inputs", "outputs", "evaluation"})
             config["budget"] = self.recipe.budget.model_dump(mode="json", exclude={"min_int8_share"})
-            config["vs_onnx"] = target.vs_onnx[scheme].plain()
+            bounds = tolerances.of(self.recipe, target, scheme)
+            config["vs_onnx"] = {output: bound.plain() for output, bound in bounds.items()}
+            config["stress"] = self.recipe.stress.plain()
             settings, own = _build_settings(target)  # how an engine is run may depend on them, too
             tools = _tools("torch", "onnxruntime", "numpy") | recipes.code_tools(self.recipe, *metric)
             return Key("parity", inputs, config | {"row": settings} | _place(target), tools | own)

@@ -39,10 +39,10 @@ def sizes_of(feeds: Tensors, signature: Signature) -> dict[str, int]:
 def fits(feeds: Tensors, signature: Signature, *, parts: bool = False) -> bool:
     """Whether each axis is in the range that the signature has for it; with `parts`, as `in_parts` asks for them."""
     ranges, sizes = signature.axes, sizes_of(feeds, signature)
-    rows = _rows(signature) if parts else None
-    if rows is not None:
-        sizes[rows] = min(sizes[rows], ranges[rows].max)
-    return all(ranges[axis].min <= size <= ranges[axis].max for axis, size in sizes.items())
+    axis = rows(signature) if parts else None
+    if axis is not None:
+        sizes[axis] = min(sizes[axis], ranges[axis].max)
+    return all(ranges[name].min <= size <= ranges[name].max for name, size in sizes.items())
 
 
 def padded(feeds: Tensors, signature: Signature, sizes: Sizes) -> Arrays:
@@ -163,7 +163,7 @@ def in_parts(run: Runner, signature: Signature) -> Runner:
     Only where rows go in and come out in order, as the first dimension of all that has the axis. Whether they depend
     on each other is for the caller to find out.
     """
-    axis = _rows(signature)
+    axis = rows(signature)
 
     def call(feeds: Tensors) -> Arrays:
         count = sizes_of(feeds, signature).get(axis, 0) if axis is not None else 0
@@ -178,7 +178,7 @@ def in_parts(run: Runner, signature: Signature) -> Runner:
     return call
 
 
-def _rows(signature: Signature) -> str | None:
+def rows(signature: Signature) -> str | None:
     """The axis of independent rows: the first dimension of every output, and of every input that has it."""
     firsts = {spec.shape[0] if spec.shape else None for spec in signature.outputs}
     (first,) = firsts if len(firsts) == 1 else (None,)

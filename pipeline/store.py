@@ -355,18 +355,18 @@ def json_text(value: object) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace the file `path` by `text` in one step, so that no reader ever sees half of it.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace the file `path` by `content` in one step, so that no reader ever sees half of it.
 
     Raises:
         StoreError: the file can't be written.
     """
     with explaining(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
             fresh = Path(stream.name)
             try:
-                stream.write(text)
+                stream.write(content.encode() if isinstance(content, str) else content)
                 stream.flush()
                 fresh.chmod(0o644)
                 fresh.replace(path)

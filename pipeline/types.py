@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
@@ -258,6 +258,69 @@ class Regression(Worsening):
         return Worsening(**common | own)
 
 
+Policy = Literal["fail", "note", "skip"]
+"""What a stress check may do: fail the target, only be told, or not be asked at all."""
+
+
+class Stress(Frozen):
+    """What engines are asked beyond usual inputs, and what each answer may do to a target (`pipeline.stress`).
+
+    Attributes:
+        mask: for each input that is a mask, the axis along which a 0 in it says that there is nothing to look at.
+        free: inputs that may hold any value of their range, whatever the others hold. By default those of floats, and
+            the others, too, where no `feeds` makes them.
+        sizes: odd sizes of all axes at once.
+        rows: rows of a batch, each alone and all together.
+        padding: longer inputs, of which a mask says that the end is padding.
+        zeros: all values 0, or as near to it as the range goes.
+        ends: all values at the ends of their range.
+        denormals: floats so small that they have lost digits.
+        nan: NaN that goes in where the model lets it come out.
+        nan_rows: NaN in one row of a batch, and the other rows.
+        vectors: the inputs that `exportyard stress` has kept.
+    """
+
+    mask: Mapping[str, str] = {}
+    free: Annotated[tuple[str, ...] | None, BeforeValidator(_tuple)] = None
+    sizes: Policy = "fail"
+    rows: Policy = "fail"
+    padding: Policy = "fail"
+    zeros: Policy = "fail"
+    ends: Policy = "fail"
+    denormals: Policy = "note"
+    nan: Policy = "note"
+    nan_rows: Policy = "fail"
+    vectors: Policy = "fail"
+
+
+class Tolerances(Frozen):
+    """How far an engine may be from its form, in the recipe's words; what isn't said here, the target's row says.
+
+    In the file the table is flat: ``[tolerance]`` has a key for each scheme, beside `outputs`.
+
+    Attributes:
+        schemes: bounds on every output.
+        outputs: for some outputs, other bounds instead of these.
+    """
+
+    schemes: Mapping[Scheme, Tolerance] = {}
+    outputs: Mapping[str, Mapping[Scheme, Tolerance]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or "schemes" in value:
+            return value
+        strange = [key for key in value if key not in (*get_args(Scheme), "outputs")]
+        if strange:
+            raise ValueError(
+                f"`{strange[0]}` is neither a scheme nor `outputs`; schemes: {', '.join(get_args(Scheme))}"
+            )
+        return {"schemes": {key: one for key, one in value.items() if key != "outputs"}} | {
+            key: one for key, one in value.items() if key == "outputs"
+        }
+
+
 def _is_callable(source: str) -> bool:
     module, colon, name = source.partition(":")
     return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
@@ -281,6 +344,7 @@ class Recipe(Frozen):
         translations: ``module:callable() -> {operator: onnxscript function}`` for custom operators.
         require: targets that must have passed for a release; ``all`` stands for all that could be built.
         regression: how much worse a release may be than the one before; None judges nothing.
+        tolerance: instead of a row's `vs_onnx`, for this model.
     """
 
     name: Name
@@ -299,6 +363,8 @@ class Recipe(Frozen):
     evaluation: Evaluation
     budget: Budget
     regression: Regression | None = None
+    tolerance: Tolerances = Tolerances()
+    stress: Stress = Stress()
     targets: tuple[str, ...] | None = Field(default=None, min_length=1)
     require: Annotated[Literal["all"] | tuple[str, ...], BeforeValidator(_require)] = "all"
     folder: Path = Field(exclude=True, repr=False)
@@ -327,6 +393,23 @@ class Recipe(Frozen):
             raise ValueError(f"axis `{min(used - set(self.axes))}` is used by an input but not described in [axes]")
         if set(self.axes) - used:
             raise ValueError(f"axis `{min(set(self.axes) - used)}` is described in [axes] but no input has it")
+        return self
+
+    @model_validator(mode="after")
+    def _named(self) -> Recipe:
+        """What `[stress]` and `[tolerance]` name is there."""
+        inputs = {spec.name: spec for spec in self.inputs}
+        for setting, names in (("mask", self.stress.mask), ("free", self.stress.free or ())):
+            for name in names:
+                if name not in inputs:
+                    raise ValueError(f"`[stress] {setting}` names `{name}`, which is no input of {sorted(inputs)}")
+        for name, axis in self.stress.mask.items():
+            if axis not in inputs[name].shape or axis not in self.axes:
+                raise ValueError(f"`[stress] mask`: input `{name}` has no axis `{axis}`; it is {[*inputs[name].shape]}")
+        strange = set(self.tolerance.outputs) - {spec.name for spec in self.outputs}
+        if strange:
+            known = sorted(spec.name for spec in self.outputs)
+            raise ValueError(f"`[tolerance.outputs]` names `{min(strange)}`, which is no output of {known}")
         return self
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from pipeline import backends, buckets, compare, metrics, padding, samples
+from pipeline import backends, buckets, compare, metrics, padding, samples, stress, tolerances
+from pipeline import targets as rows_of
 from pipeline.buckets import Bucket
 from pipeline.errors import BuildError, ExportyardError, ParityError, RecipeError
 from pipeline.reference import Answers, Outputs
 from pipeline.store import Stored, write_json
+from pipeline.stress_subject import Subject, not_asked
 from pipeline.types import (
     Distance,
     MetricResult,
@@ -29,6 +31,7 @@ from pipeline.types import (
     Signature,
     SizeParity,
     Sizes,
+    StressCheck,
     Target,
     Tolerance,
 )
@@ -58,6 +61,7 @@ def parity(
     axes, among = buckets.axes_of(recipe, engine), buckets.of(engine)
     combinations = samples.combinations(axes, buckets.edges(axes, among))
     steps = len(combinations) + 1
+    bounds = tolerances.of(recipe, target, scheme)
     with backends.loaded(engine, target) as run:
         sizes = []
         for done, combination in enumerate(combinations):
@@ -65,12 +69,22 @@ def parity(
             sizes.append(_at(run, model, answers, combination, kinds))
         report(len(combinations), steps, f"parity {target.name} {scheme} on evaluation data")
         metric, failure = _evaluate(recipe, run, engine.signature(), answers, kinds)
+        minds = {
+            _spell(one): text for one in combinations if (text := _minds_padding(engine, among, answers, one, kinds))
+        }
+        wrong = [*minds.values(), *_judge(sizes, minds, model, bounds)]
+        report(len(combinations), steps, f"parity {target.name} {scheme} under stress")
+        subject = Subject(
+            *(recipe, run, model, engine.signature(), answers, bounds),
+            in_fp32=scheme == "fp32",
+            slow=target.device is not None or rows_of.unfit(target) is not None,
+        )
+        checks = _stress(subject, combinations, wrong or failure)
     report(steps, steps, f"parity {target.name} {scheme}")
-    minds = {_spell(one): text for one in combinations if (text := _minds_padding(engine, among, answers, one, kinds))}
     reasons = [
-        *minds.values(),
-        *_judge(sizes, minds, model, target, scheme),
+        *wrong,
         *(failure or _judge_metric(recipe, metric)),
+        *(f"under stress, {_told(one)}" for one in checks if one.verdict == "failed"),
     ]
     found = ParityReport(
         recipe=recipe.name,
@@ -80,15 +94,33 @@ def parity(
         metric=metric,
         passed=not reasons,
         reasons=tuple(reasons),
+        stress=checks,
     )
     write_json(out / "parity.json", found.plain())
-    return {"passed": found.passed, "warnings": [*_left_out(found, len(answers.evaluation()))]}
+    return {"passed": found.passed, "warnings": [*_warnings(found, len(answers.evaluation()))]}
 
 
-def _left_out(found: ParityReport, samples: int) -> list[str]:
-    """What to say about evaluation samples that the engine's buckets don't hold."""
+def _stress(subject: Subject, compared: list[dict[str, int]], wrong: list[str]) -> tuple[StressCheck, ...]:
+    """Every check beyond usual inputs; none of an engine that is wrong with usual ones."""
+    if wrong:
+        return (not_asked("all", "the engine is wrong with usual inputs"),)
+    return tuple(stress.checks(subject, compared))
+
+
+def _told(check: StressCheck) -> str:
+    what = f" ({check.compared})" if check.compared else ""
+    return f"`{check.name}` at {_spell(check.sizes)}{what}: {check.why}"
+
+
+def _warnings(found: ParityReport, samples: int) -> list[str]:
+    """What to say about evaluation samples that the engine's buckets don't hold, and about a form that isn't invariant.
+
+    Of that a caller must know: what it gets depends on what else is in the call.
+    """
     few = samples - found.metric.samples
-    return [f"`{found.target}`: {few} of {samples} evaluation samples are larger than its buckets"] if few else []
+    told = [f"`{found.target}`: {few} of {samples} evaluation samples are larger than its buckets"] if few else []
+    noted = [one for one in found.stress if one.verdict == "noted" and one.own]
+    return [*told, *(f"`{found.target}` {found.scheme} under stress, {_told(one)}" for one in noted)]
 
 
 def _at(
@@ -173,7 +205,9 @@ def _pool(name: str, kinds: Mapping[str, OutputKind], reference: list[Outputs], 
     return compare.pooled(name, [one[name] for one in reference], [one[name] for one in found], kinds[name])
 
 
-def _judge(sizes: list[SizeParity], known: Collection[str], model: Stored, target: Target, scheme: Scheme) -> list[str]:
+def _judge(
+    sizes: list[SizeParity], known: Collection[str], model: Stored, bounds: Mapping[str, Tolerance]
+) -> list[str]:
     """Where the engine isn't the model that it came from: at most one line a size, none for those in `known`."""
     what = "its ONNX graph" if "model.onnx" in model.artifact.files else "its quantised program"
     reasons = []
@@ -183,7 +217,7 @@ def _judge(sizes: list[SizeParity], known: Collection[str], model: Stored, targe
         if one.error is not None:
             reasons.append(f"fails at {_spell(one.sizes)}: {one.error}")
             continue
-        broken = [text for found in one.vs_onnx for text in compare.violations(found, target.vs_onnx[scheme])]
+        broken = [text for found in one.vs_onnx for text in compare.violations(found, bounds[found.output])]
         if broken:
             reasons.append(f"not {what} at {_spell(one.sizes)}: {'; '.join(broken)}")
     return reasons

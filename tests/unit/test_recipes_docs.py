@@ -11,7 +11,7 @@ from pipeline import types
 from pipeline.metrics import BUILT_IN
 
 TEXT = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
-TABLES = {"axes", "calibration", "evaluation", "budget", "regression"}
+TABLES = {"axes", "calibration", "evaluation", "budget", "regression", "tolerance", "stress"}
 KEYS = set(types.Recipe.model_fields) - {"folder", "root"}
 
 
@@ -23,7 +23,7 @@ KEYS = set(types.Recipe.model_fields) - {"folder", "root"}
             pytest.param(set(model.model_fields), id=model.__name__)
             for model in (
                 *(types.InputSpec, types.OutputSpec, types.Calibration),
-                *(types.Evaluation, types.Budget, types.Regression),
+                *(types.Evaluation, types.Budget, types.Regression, types.Stress),
             )
         ),
         pytest.param(set(types.Tolerance.model_fields), id="bounds"),
