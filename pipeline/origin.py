@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 TRACE = "pkg.torch.onnx.stack_trace"
+_OF_TORCH = "_empty_nn_module_stack"  # what torch.export writes for an operator that it added by itself
 _WORD = re.compile(r"[\w./:-]+")
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
@@ -67,6 +68,8 @@ def module_of(node: NodeProto) -> str:
         return ""
     # the last entry is the operation itself, and capture's wrapper holds the user's module as `model`
     path = str(found[-2])
+    if path.startswith(_OF_TORCH):
+        return ""
     return path.removeprefix("model").removeprefix(".") if found[1] == "model" else path
 
 
