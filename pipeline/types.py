@@ -800,6 +800,88 @@ class Comparison(Frozen):
     versus_eager: tuple[Mapping[str, Ratio], ...]
 
 
+class Machine(Frozen):
+    """The machine that something was timed on, and what else it did meanwhile.
+
+    Attributes:
+        cores: that this process may use.
+        governor: of the clock of the first of them; None where the kernel doesn't tell.
+        turbo: whether the clock may rise above its nominal rate; likewise.
+        load_before: the system's load average over the minute before; None where it has none.
+        load_after: likewise, over the last minute of the timing, which is then part of it.
+        others: how many cores other work used on average while timing; None where the kernel doesn't tell.
+    """
+
+    cpu: str
+    cores: int
+    governor: str | None = None
+    turbo: bool | None = None
+    load_before: float | None = None
+    load_after: float | None = None
+    others: float | None = None
+
+
+class WarmUp(Frozen):
+    """What a runner of a bench took before it was timed, with some number of threads.
+
+    Attributes:
+        build_s: seconds to load it, or to compile what is compiled ahead of the first call.
+        first_s: seconds of its first call at each of the sizes together; compilers that compile as they run do it here.
+        graphs: that torch.compile compiled; None for other runners, as are the next two.
+        graph_breaks: places at which it went back to Python.
+        recompilations: that other sizes than the first made necessary.
+    """
+
+    runner: str
+    threads: int
+    build_s: float
+    first_s: float
+    graphs: int | None = None
+    graph_breaks: int | None = None
+    recompilations: int | None = None
+
+
+class BenchRow(Frozen):
+    """All runners at one combination of axis sizes, measured turn by turn in one run.
+
+    Attributes:
+        threads: how many threads each had, on as many cores.
+        pinned: those cores' numbers; empty where the system can't pin.
+        times: by runner; those that aren't there are in `Bench.left_out`.
+        versus_eager: eager PyTorch's time over the runner's in the same round; empty without eager.
+        versus_compile: likewise, against torch.compile in its default mode.
+    """
+
+    sizes: Mapping[str, int]
+    threads: int
+    pinned: tuple[int, ...] = ()
+    times: Mapping[str, Timing]
+    versus_eager: Mapping[str, Ratio] = {}
+    versus_compile: Mapping[str, Ratio] = {}
+
+
+class Bench(Frozen):
+    """``bench.json``: engines of a recipe and baselines of PyTorch, timed in one run.
+
+    Attributes:
+        seconds: of timing for each runner at each sizes and threads.
+        engines: content digest of each engine, by runner.
+        tools: versions of what the baselines are made with.
+        left_out: runners that weren't timed, at all or at some sizes, and why.
+        warnings: what a reader of the numbers should know.
+    """
+
+    recipe: str
+    machine: Machine
+    seconds: float
+    engines: Mapping[str, str] = {}
+    tools: Mapping[str, str] = {}
+    warm_ups: tuple[WarmUp, ...] = ()
+    rows: tuple[BenchRow, ...] = ()
+    left_out: Mapping[str, str] = {}
+    warnings: tuple[str, ...] = ()
+
+
 class ProfileRow(Frozen):
     """One operator of an engine, and what of a call's time goes into it.
 
