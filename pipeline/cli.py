@@ -14,7 +14,7 @@ import typer
 from typer.exceptions import TyperException
 
 from pipeline import console, host, store
-from pipeline.commands import checking, downloading, helping, making, profile, releasing, serving, shelving
+from pipeline.commands import checking, downloading, explaining, helping, making, profile, releasing, serving, shelving
 from pipeline.errors import ExportyardError, UsageError
 
 app = typer.Typer(
@@ -50,6 +50,7 @@ for _command in (
     making.export,
     checking.parity,
     checking.quantize,
+    explaining.explain,
     profile.profile,
     releasing.publish,
     releasing.releases,

@@ -36,6 +36,7 @@ from pipeline.types import (
     Audit,
     Comparison,
     Compilation,
+    Explanation,
     LatencyReport,
     Limits,
     ParityReport,
@@ -48,6 +49,7 @@ from pipeline.types import (
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
+    from pipeline.explanation import Model
     from pipeline.reference import Answers
 
 Work = Callable[[Path], Mapping[str, JsonValue]]
@@ -523,6 +525,56 @@ class Job:
     def parity_report(self, target: Target, scheme: Scheme) -> ParityReport:
         """The content of `parity`."""
         return ParityReport.model_validate_json(self.parity(target, scheme).stored.file("parity.json").read_text())
+
+    def explanation(self, target: Target, scheme: Scheme) -> Made:
+        """Where the engine stops being the model, if it does, operator by operator."""
+        ran = self.not_runnable(target) is None
+
+        def key() -> Key:
+            inputs = {
+                "engine": self.engine(target, scheme).stored.digest,
+                "onnx": self.form(target, scheme).stored.digest,
+                "graph": self._graph().stored.digest,
+                "program": self.program().stored.digest,
+                "data": self.data().stored.digest,
+                "code": recipes.code_digest(self.recipe, self.recipe.feeds),
+            }
+            if ran:
+                inputs["parity"] = self.parity(target, scheme).stored.digest
+            config = self.recipe.model_dump(mode="json", include={"axes", "inputs", "calibration"})
+            settings, own = _build_settings(target)
+            config |= {"row": settings, "scheme": scheme} | _place(target)
+            tools = _tools("torch", "onnx", "onnxruntime", "numpy") | recipes.code_tools(self.recipe, self.recipe.feeds)
+            return Key("explanation", inputs, config, tools | own)
+
+        def work(out: Path) -> Mapping[str, JsonValue]:
+            from pipeline.explanation import explanation
+
+            parity = self.parity_report(target, scheme) if ran else None
+            return explanation(self.recipe, self.model(target, scheme), target, scheme, parity, out, self.report)
+
+        return self._make(f"explanation/{target.name}/{scheme}", key, work)
+
+    def model(self, target: Target, scheme: Scheme, file: Path | None = None) -> Model:
+        """What an explanation compares; `file` is an engine from elsewhere, to be looked at instead of the store's."""
+        from pipeline.explanation import Model
+
+        graph = self._graph().stored
+        static = scheme in STATIC_SCHEMES and backends.quantizer(target, scheme) is None
+        return Model(
+            engine=None if file is not None else self.engine(target, scheme).stored,
+            form=self.form(target, scheme).stored,
+            graph=None if NOT_APPLICABLE in graph.artifact.files else graph,
+            program=self.program().stored,
+            data=self.data().stored,
+            statistics=self.statistics().stored if static else None,
+            file=file,
+        )
+
+    def explanation_report(self, target: Target, scheme: Scheme) -> Explanation:
+        """The content of `explanation`."""
+        path = self.explanation(target, scheme).stored.file("explanation.json")
+        return Explanation.model_validate_json(path.read_text())
 
     def audit(self, target: Target, scheme: Scheme) -> Made:
         """What the engine really runs in INT8. It is read, not run, so that any host can tell."""

@@ -1,0 +1,39 @@
+"""What to do about a departure: one sentence, which names only settings that exist."""
+
+from __future__ import annotations
+
+from pipeline.explain_faults import Fault
+
+AGAIN = "remove this engine's folder below artifacts/ and export again"
+LESS = 'set `optimization = "basic"` in the row\'s options'
+_STORED = (
+    "bias",
+    "weights differ",
+    "layout",
+    "scale",
+    "zero point",
+    "epsilon",
+    "axis",
+    "constant",
+    "attribute",
+    "resize",
+)
+
+
+def of_engine(fault: Fault, operator: str | None) -> str:
+    """For an operator of an engine that isn't what the form says.
+
+    Args:
+        fault: what is wrong.
+        operator: the engine's type of operator.
+    """
+    fused = f"ONNX Runtime's `{operator}`" if operator else "the engine"
+    if fault.kind in _STORED:
+        return f"the engine's file holds something else than its form: {AGAIN}; if it is so again, report {fused}"
+    if fault.kind in ("mask", "input dropped", "left out"):
+        return f"the engine lost an operator: {AGAIN}; if it is so again, {LESS}"
+    if fault.kind == "overflow":
+        return "float16 ends at 65,504: take `fp16` out of the row's `schemes`, or bound what this operator reads"
+    if fault.kind == "range saturates":
+        return f"the range of this tensor is too narrow in the engine: {AGAIN}"
+    return f"{fused} computes something else on this processor: {LESS}, or take the scheme out of the row's `schemes`"

@@ -1,0 +1,323 @@
+"""Two graphs of one model compared operator by operator: an engine, and what it was built from.
+
+Each operator of the engine is run twice: on what the engine's operators before it made (so errors add up, as in use),
+and on the reference's own values. What is wrong with its output in the second run is its own doing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from pipeline import compare, explain_rounding
+from pipeline import explain_pairs as pairs
+from pipeline.explain_operators import Operators
+from pipeline.explain_pairs import View
+from pipeline.graph import reads
+from pipeline.macs import FAMILY
+from pipeline.types import Reporter, no_report
+
+Array = NDArray[Any]
+Feeds = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor that both graphs have, and the operators of each that make it out of such tensors before.
+
+    Attributes:
+        view: which tensor of the reference it is.
+        runs: the engine's operators; empty for a constant that the engine was built with.
+        nodes: the reference's nodes.
+        unread: tensors that the reference's nodes read and the engine's operators don't.
+        before: worst SQNR (dB) of what is read, in the free run.
+        after: SQNR of the tensor, likewise.
+        own: SQNR of the tensor, given the reference's inputs.
+        allowed: the least `own` that rounding explains.
+        edges: how many integers may fall on either side; None for floats.
+        summands: most numbers that one of `nodes` adds up.
+        made: the tensor as the engine makes it of the reference's inputs, in the reference's layout.
+        wanted: the reference's.
+        inputs: of `nodes`, what the reference has, constants left out; for the feed that is judged.
+    """
+
+    view: View
+    runs: tuple[onnx.NodeProto, ...]
+    nodes: tuple[onnx.NodeProto, ...]
+    unread: tuple[str, ...]
+    before: float
+    after: float
+    own: float
+    allowed: float
+    edges: int | None
+    summands: int
+    made: Array | None
+    wanted: Array
+    inputs: Mapping[str, Array]
+
+    @property
+    def departs(self) -> bool:
+        """Whether more is wrong than rounding explains."""
+        return not self.own >= self.allowed
+
+
+@dataclass
+class _Tensor:
+    """A tensor of the engine for each feed: given right inputs, and in the free run (None where that failed)."""
+
+    right: list[Array | None]
+    free: list[Array | None]
+    view: View | None = None
+    runs: tuple[onnx.NodeProto, ...] = ()
+    roots: tuple[str, ...] = ()
+
+
+@dataclass
+class Walk:
+    """The comparison of `engine` with `reference` on some `feeds`.
+
+    Attributes:
+        skipped: operators of the engine that could not be compared on their own, as they stand for no tensor that
+            the reference has.
+    """
+
+    engine: Operators
+    reference: Operators
+    feeds: Sequence[Feeds]
+    report: Reporter = no_report
+    what: str = "explain"
+    skipped: list[str] = field(default_factory=list)
+    _values: list[dict[str, Array]] = field(default_factory=list)
+    _tensors: dict[str, _Tensor] = field(default_factory=dict)
+    _known: dict[str, float] = field(default_factory=dict)
+
+    def steps(self) -> Iterator[Step]:
+        """Every tensor that could be compared, in the engine's order."""
+        self._values = [self.reference.all(feeds) for feeds in self.feeds]
+        for name in self.feeds[0]:
+            given: list[Array | None] = [feeds[name] for feeds in self.feeds]
+            self._tensors[name] = _Tensor(given, list(given), View(name), (), (name,))
+            self._known[name] = math.inf
+        nodes = self.engine.graph.model.graph.node
+        left = {name: len(readers) for name, readers in self.engine.graph.readers.items()}
+        yield from self._folded()
+        for place, node in enumerate(nodes):
+            self.report(place, len(nodes), f"{self.what} {node.name}")
+            yield from self._step(node)
+            for name in dict.fromkeys(reads(node)):
+                left[name] -= 1
+                if not left[name] and name in self._tensors:
+                    tensor = self._tensors[name]
+                    tensor.right = tensor.free = [None] * len(self.feeds)
+
+    def _folded(self) -> Iterator[Step]:
+        """Constants of the engine that the reference computes."""
+        for name in self.engine.constants:
+            wanted = self._values[0].get(name)
+            if wanted is None or name in self.reference.constants:
+                continue
+            value = self.engine.value(name)
+            tensor = _Tensor([value] * len(self.feeds), [value] * len(self.feeds))
+            yield self._compared(View(name), tensor, [])
+            self._known[name] = math.inf
+
+    def _step(self, node: onnx.NodeProto) -> Iterator[Step]:
+        inputs = [self._tensors[name] for name in dict.fromkeys(reads(node)) if name in self._tensors]
+        made = self._run(node)
+        pending = [one for one in inputs if one.view is None]
+        runs = (*{one.name: one for tensor in pending for one in tensor.runs}.values(), node)
+        roots = tuple(dict.fromkeys(root for one in inputs for root in one.roots))
+        views = [one.view for one in inputs if one.view is not None]
+        for name, tensor in made.items():
+            tensor.runs, tensor.roots = runs, roots
+            if not inputs:  # computed of constants alone
+                tensor.runs = ()
+            self._tensors[name] = tensor
+            for step in self._matched(node, name, tensor, inputs, views):
+                tensor.view, tensor.runs, tensor.roots = step.view, (), (step.view.name,)
+                tensor.right = [
+                    _cast(step.view.of(values[step.view.name]), one)
+                    for values, one in zip(self._values, tensor.right, strict=True)
+                ]
+                self._known[step.view.name] = min(step.after, self._known.get(step.view.name, math.inf))
+                yield step
+            if tensor.view is None and inputs:
+                self.skipped.append(node.name)
+
+    def _run(self, node: onnx.NodeProto) -> dict[str, _Tensor]:
+        names = [name for name in dict.fromkeys(reads(node)) if name in self._tensors]
+        made = {name: _Tensor([], []) for name in node.output if name}
+        for place in range(len(self.feeds)):
+            right = self._made(node, {name: self._tensors[name].right[place] for name in names})
+            free = self._made(node, {name: self._tensors[name].free[place] for name in names})
+            for name, tensor in made.items():
+                tensor.right.append(right.get(name))
+                tensor.free.append(free.get(name))
+        return made
+
+    def _made(self, node: onnx.NodeProto, inputs: Mapping[str, Array | None]) -> Mapping[str, Array]:
+        given = {name: one for name, one in inputs.items() if one is not None}
+        if len(given) < len(inputs):
+            return {}
+        try:
+            return self.engine.run(node, given)
+        except Exception:  # a fault before it, or its own: shapes that don't fit; that is a result
+            return {}
+
+    # --- which tensor it is ------------------------------------------------------------------------------------
+
+    def _matched(
+        self, node: onnx.NodeProto, name: str, tensor: _Tensor, inputs: Sequence[_Tensor], views: Sequence[View]
+    ) -> Iterator[Step]:
+        """The one step that ends with the tensor, or none if nobody can say what it is."""
+        if name in self._values[0] and name not in self._known:
+            yield self._compared(View(name), tensor, views)
+            return
+        if len(inputs) == 1 and len(views) == 1:
+            laid = pairs.relaid(node, views[0])
+            if laid is not None:
+                yield self._compared(laid, tensor, views)
+                return
+        yield from self._by_numbers(node, tensor, views)
+
+    def _by_numbers(self, node: onnx.NodeProto, tensor: _Tensor, views: Sequence[View]) -> Iterator[Step]:
+        products = sum(run.op_type in FAMILY for run in tensor.runs)
+        whole = any(FAMILY.get(run.op_type) == "Attention" for run in tensor.runs)
+        names = list(pairs.ahead(self.reference.graph, tensor.roots, self._known, None if whole else products))
+        found = self._scored(names, node, tensor, views)
+        if found:
+            best = self._compared(found[0][1], tensor, views)
+            if not best.departs:
+                yield best
+                return
+        names = [view.name for _, view in found]
+        alone = len(tensor.runs) == 1
+        guesses = set(pairs.guesses(node, names, self.reference.graph, self._known, alone=alone))
+        likely = [view for _, view in found if view.name in guesses]
+        sharing = [view for view in likely if self._shares(node, view)]
+        if likely:
+            yield self._compared((sharing or likely)[0], tensor, views)
+
+    def _shares(self, node: onnx.NodeProto, view: View) -> bool:
+        nodes, _ = pairs.cone(self.reference.graph, view.name, self._known)
+        own = {name for name in node.input if name in self.engine.constants}
+        return any(not own.isdisjoint(reads(one)) for one in nodes)
+
+    def _scored(
+        self, names: Iterable[str], node: onnx.NodeProto, tensor: _Tensor, views: Sequence[View]
+    ) -> list[tuple[float, View]]:
+        """What of `names` has the tensor's shape in some layout and its kind of numbers; the closest first."""
+        found: list[tuple[float, View]] = []
+        for name in names:
+            if name in self._known:
+                continue
+            for layout in pairs.layouts(node, views):
+                score = self._score(View(name, layout), tensor)
+                if score is not None:
+                    found.append((score, View(name, layout)))
+        return sorted(found, key=lambda pair: -pair[0])
+
+    def _score(self, view: View, tensor: _Tensor) -> float | None:
+        worst = math.inf
+        for values, made in zip(self._values, tensor.right, strict=True):
+            wanted = values.get(view.name)
+            if wanted is None or made is None or _kind(wanted) != _kind(made):
+                return None
+            back = view.back(made, wanted)
+            if back is None:
+                return None
+            worst = min(worst, compare.distance(view.name, wanted, back).sqnr_db)
+        return worst
+
+    # --- how far it is -----------------------------------------------------------------------------------------
+
+    def _compared(self, view: View, tensor: _Tensor, views: Sequence[View]) -> Step:
+        nodes, used = pairs.cone(self.reference.graph, view.name, self._known)
+        if view.name in self._known:  # only laid out anew
+            nodes, used = [], [view.name]
+        each = [self._at(place, view, tensor, nodes) for place in range(len(self.feeds))]
+        place = min(range(len(each)), key=lambda at: _margin(each[at][0], each[at][1]))
+        own, allowed, edges, count, made, wanted = each[place]
+        read = {one.name for one in views} | set(tensor.roots)
+        return Step(
+            view=view,
+            runs=tensor.runs,
+            nodes=tuple(nodes),
+            unread=tuple(name for name in used if not self._reads(read, name)),
+            before=min((self._known[name] for name in used), default=math.inf),
+            after=min(
+                _distance(view, values[view.name], free) for values, free in zip(self._values, tensor.free, strict=True)
+            ),
+            own=own,
+            allowed=allowed,
+            edges=edges,
+            summands=count,
+            made=made,
+            wanted=wanted,
+            inputs={name: self._values[place][name] for name in used},
+        )
+
+    def _reads(self, read: set[str], name: str) -> bool:
+        """Whether `name` of the reference is read, as such or in another form."""
+        return name in read or set(pairs.cone(self.reference.graph, name, read)[1]) <= read
+
+    def _at(
+        self, place: int, view: View, tensor: _Tensor, nodes: Sequence[onnx.NodeProto]
+    ) -> tuple[float, float, int | None, int, Array | None, Array]:
+        wanted, made = self._values[place][view.name], tensor.right[place]
+        back = None if made is None else view.back(made, wanted)
+        own = _distance(view, wanted, made)
+        if own == math.inf:
+            return own, own, None, 1, back, wanted
+        wide, count = self._rounding(place, nodes)
+        off = wide.get(view.name)
+        if _kind(wanted) == "float":
+            noise = 0.0 if off is None else explain_rounding.BOTH * off
+            return own, compare.distance(view.name, wanted, wanted + noise).sqnr_db, None, count, back, wanted
+        edges = 0 if off is None else int(np.count_nonzero(off))
+        # one step at each value on an edge
+        least = np.array(off != 0 if off is not None else np.zeros(wanted.shape), np.float64)
+        return own, compare.distance(view.name, wanted, wanted + least).sqnr_db, edges, count, back, wanted
+
+    def _rounding(self, place: int, nodes: Sequence[onnx.NodeProto]) -> tuple[dict[str, Array], int]:
+        """How far each tensor that `nodes` make may be off by rounding alone, and how many numbers they add up."""
+        wide: dict[str, Array] = {}
+        count = 1
+        values = self._values[place]
+        for node in nodes:
+            inputs = {name: self._value(values, name) for name in reads(node)}
+            off = explain_rounding.amplitudes(self.reference, node, inputs, wide)
+            wide |= {name: one for name, one in off.items() if one.any()}
+            made = {name: values[name] for name in node.output if name}
+            count = max(count, explain_rounding.summands(node, inputs, made))
+        return wide, count
+
+    def _value(self, values: Mapping[str, Array], name: str) -> Array:
+        found = values[name] if name in values else self.reference.value(name)
+        assert found is not None, name
+        return found
+
+
+def _margin(own: float, allowed: float) -> float:
+    if own == math.inf:
+        return math.inf
+    return own - allowed if math.isfinite(own - allowed) else -math.inf
+
+
+def _distance(view: View, wanted: Array, made: Array | None) -> float:
+    back = None if made is None else view.back(made, wanted)
+    return -math.inf if back is None else compare.distance(view.name, wanted, back).sqnr_db
+
+
+def _kind(value: Array) -> str:
+    return "float" if np.issubdtype(value.dtype, np.floating) else "whole"
+
+
+def _cast(value: Array, like: Array | None) -> Array:
+    return value if like is None or like.dtype == value.dtype else value.astype(like.dtype)

@@ -1,0 +1,196 @@
+"""Where an engine stops being its model: the operators that depart, level by level, and why nothing else is to blame.
+
+Three levels, each looked at on its own: the engine against the form that it was built from, that form against the
+fp32 graph, and the fp32 graph against the program.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+from pydantic import JsonValue
+
+from pipeline import buckets, explain_engine, samples, targets
+from pipeline.reference import Answers
+from pipeline.store import Stored, write_json
+from pipeline.types import Departure, Explanation, Layer, ParityReport, Recipe, Reporter, Scheme, Sizes, Target
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Feeds = Mapping[str, NDArray[Any]]
+
+FILE = "explanation.json"
+GRAPH = "model.onnx"
+SAMPLES = 1  # of the evaluation data: an operator at fault is so for all; sizes differ more than samples do
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a recipe's model is at each level.
+
+    Attributes:
+        engine: artifact, or None for `file`, an engine that came from elsewhere.
+        form: what the engine was built from: a graph, or a program.
+        graph: in fp32; None for a model that has none.
+        program: as captured.
+        statistics: of calibration, for static INT8.
+        data: samples.
+    """
+
+    engine: Stored | None
+    form: Stored
+    graph: Stored | None
+    program: Stored
+    data: Stored
+    statistics: Stored | None = None
+    file: Path | None = None
+
+
+def explanation(
+    recipe: Recipe,
+    model: Model,
+    target: Target,
+    scheme: Scheme,
+    parity: ParityReport | None,
+    out: Path,
+    report: Reporter,
+) -> dict[str, JsonValue]:
+    """The stage: write ``explanation.json`` of an engine.
+
+    Args:
+        recipe: whose model it is.
+        model: at each level.
+        target: the engine's row.
+        scheme: its numeric form.
+        parity: of the engine, if it could be run: sizes at which it fails are looked at.
+        out: where to write.
+        report: told how far it is.
+    """
+    found = explain(recipe, model, target, scheme, parity, report)
+    write_json(out / FILE, found.plain())
+    return {"departures": len(found.departures), "compared": found.compared}
+
+
+def explain(
+    recipe: Recipe, model: Model, target: Target, scheme: Scheme, parity: ParityReport | None, report: Reporter
+) -> Explanation:
+    """See `explanation`, which writes this down."""
+    asked = sizes(recipe, parity)
+    drawn = itertools.islice(samples.samples(recipe, model.data, "evaluation"), SAMPLES)
+    feeds: list[Feeds] = [dict(sample.feeds) for sample in drawn]
+    feeds += [Answers(recipe, model.program, model.data).feeds(one) for one in asked]
+    found: list[Departure] = []
+    silent: list[str] = []
+    layers: tuple[Layer, ...] = ()
+    compared = 0
+    unlike = _not_a_graph(model, target)
+    if unlike is None:
+        departures, layers, compared = _engine(model, target, feeds, report)
+        reason = None
+    else:
+        departures, reason = _cut(recipe, model, target, scheme, feeds, unlike, report)
+    found += departures
+    silent += [reason] if reason else []
+    for level in (_form, _conversion):
+        departures, reason = level(recipe, model, scheme, feeds, report)
+        found += departures
+        silent += [reason] if reason else []
+    return Explanation(
+        recipe=recipe.name,
+        target=target.name,
+        scheme=scheme,
+        sizes=tuple(asked),
+        departures=tuple(found),
+        layers=layers,
+        compared=compared,
+        not_compared="; ".join(silent) or None,
+    )
+
+
+def sizes(recipe: Recipe, parity: ParityReport | None) -> list[Sizes]:
+    """The axis sizes to look at: the least ones, and the smallest at which parity is worst."""
+    least: Sizes = {name: axis.min for name, axis in recipe.axes.items()}
+    if parity is None or parity.passed:
+        return [least]
+    broken = [one.sizes for one in parity.sizes if one.error is not None]
+    worst = min(broken, key=lambda one: math.prod(one.values()), default=_worst(parity))
+    return [least] if worst is None or dict(worst) == dict(least) else [least, worst]
+
+
+def _worst(parity: ParityReport) -> Sizes | None:
+    """The sizes at which the engine is farthest from its form."""
+    known = [(min(found.sqnr_db for found in one.vs_onnx), one.sizes) for one in parity.sizes if one.vs_onnx]
+    return min(known, key=lambda one: one[0])[1] if known else None
+
+
+def _not_a_graph(model: Model, target: Target) -> str | None:
+    """Why the engine can't be looked into operator by operator, or None if it can."""
+    if model.file is not None:
+        return None
+    if target.backend != "onnxruntime" or target.options.get("provider", "cpu") != "cpu":
+        return f"engines of `{target.name}` don't show what is inside"
+    if GRAPH not in model.form.artifact.files:
+        return "there is no graph that it was built from"
+    assert model.engine is not None
+    return "its engines are for fixed sizes, one for each bucket" if buckets.of(model.engine) else None
+
+
+def _engine(model: Model, target: Target, feeds: Sequence[Feeds], report: Reporter) -> explain_engine.Found:
+    source = model.form.file(GRAPH)
+    if model.file is not None:
+        path = model.file
+    else:
+        assert model.engine is not None
+        path = model.engine.file("model.ort" if target.options.get("format") == "ort" else GRAPH)
+    # what isn't for this processor is read as it is; a portable engine gets its layout where it is loaded
+    finished = target.options.get("optimization") == "all" or targets.unfit(target) is not None
+    made = explain_engine.as_run(path, source, finished=finished)
+    return explain_engine.departures(made, onnx.load(source), feeds, report)
+
+
+Silent = tuple[tuple[Departure, ...], str | None]
+
+
+def _cut(
+    recipe: Recipe,
+    model: Model,
+    target: Target,
+    scheme: Scheme,
+    feeds: Sequence[Feeds],
+    why: str,
+    report: Reporter,
+) -> Silent:
+    """An engine that doesn't show what is inside: built again in parts."""
+    if find_spec("pipeline.cutting") is None or model.engine is None:
+        return (), why
+    cutting = importlib.import_module("pipeline.cutting")
+    found: Silent = cutting.departures(recipe, model.form, model.engine, target, scheme, feeds, report)
+    return found
+
+
+def _form(recipe: Recipe, model: Model, scheme: Scheme, feeds: Sequence[Feeds], report: Reporter) -> Silent:
+    """The numeric form against fp32."""
+    if scheme == "fp32":
+        return (), None
+    if model.graph is None or GRAPH not in model.form.artifact.files:
+        return (), f"`{scheme}` isn't a form of an fp32 graph"
+    return (), "the form is not looked into"
+
+
+def _conversion(recipe: Recipe, model: Model, scheme: Scheme, feeds: Sequence[Feeds], report: Reporter) -> Silent:
+    """The fp32 graph against the program."""
+    del scheme, report
+    if model.graph is None:
+        return (), None
+    explain_program = importlib.import_module("pipeline.explain_program")
+    found: tuple[Departure, ...] = explain_program.departures(recipe, model.program, model.graph, feeds)
+    return found, None
