@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -36,8 +38,7 @@ def write(path: Path, target: Target) -> None:
     The first is what ONNX Runtime's build script takes as ``--include_ops_by_config`` (with
     ``--enable_reduced_operator_type_support``) to make a runtime of a few hundred kilobytes.
     """
-    from onnxruntime.tools.ort_format_model import create_config_from_models
-
+    create_config_from_models = _quietly_imported()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it leaves the file open for the garbage collector
         made = Path(folder) / OPERATORS
@@ -50,3 +51,15 @@ def write(path: Path, target: Target) -> None:
         path.parent / RUNTIME,
         {"runtime": "onnxruntime", "written_by": version, "required_operators": OPERATORS, **known},
     )
+
+
+def _quietly_imported() -> Callable[..., Any]:
+    """Their function, without what importing it does to everybody's log: a handler, and lines about files of ours."""
+    everybodys = logging.getLogger()
+    before = [*everybodys.handlers]
+    from onnxruntime.tools.ort_format_model import create_config_from_models
+
+    everybodys.handlers[:] = before
+    logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)
+    found: Callable[..., Any] = create_config_from_models
+    return found
