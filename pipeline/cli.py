@@ -14,7 +14,18 @@ import typer
 from typer.exceptions import TyperException
 
 from pipeline import console, host, store
-from pipeline.commands import checking, downloading, explaining, helping, making, profile, releasing, serving, shelving
+from pipeline.commands import (
+    bench,
+    checking,
+    downloading,
+    explaining,
+    helping,
+    making,
+    profile,
+    releasing,
+    serving,
+    shelving,
+)
 from pipeline.errors import ExportyardError, UsageError
 
 app = typer.Typer(
@@ -52,6 +63,7 @@ for _command in (
     checking.quantize,
     explaining.explain,
     profile.profile,
+    bench.bench,
     releasing.publish,
     releasing.releases,
     releasing.diff,

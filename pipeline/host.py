@@ -59,11 +59,16 @@ def cpu_name() -> str:
 
 
 # read before any library can pin the main thread to one core, as TVM's thread pool does
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_CORES = tuple(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 def cpu_count() -> int:
-    """Cores that this process may use."""
+    """How many cores this process may use."""
+    return len(_CORES)
+
+
+def cores() -> tuple[int, ...]:
+    """The numbers of the cores that this process may use."""
     return _CORES
 
 

@@ -845,8 +845,8 @@ class BenchRow(Frozen):
     """All runners at one combination of axis sizes, measured turn by turn in one run.
 
     Attributes:
-        threads: how many threads each had, on as many cores.
-        pinned: those cores' numbers; empty where the system can't pin.
+        threads: how many threads each had.
+        pinned: the numbers of the cores that they were kept on; empty where they could run on all.
         times: by runner; those that aren't there are in `Bench.left_out`.
         versus_eager: eager PyTorch's time over the runner's in the same round; empty without eager.
         versus_compile: likewise, against torch.compile in its default mode.

@@ -17,6 +17,7 @@ SURFACE = {
     "export": {"--checkpoint", "--target", "-t", "--jobs", "-j", "-C", "--json"},
     "parity": {"--target", "-t", "-C", "--json"},
     "profile": {"--target", "-t", "--by", "--depth", "--scheme", "-C", "--json"},
+    "bench": {"--target", "-t", "--threads", "--seconds", "--baseline", "--pin", "--all", "-C", "--json"},
     "quantize": {"--target", "-t", "--explain", "-C", "--json"},
     "publish": {
         *("--checkpoint", "--target", "-t", "--bump", "--jobs", "-j", "--allow-dirty", "--allow-regression"),

@@ -1,0 +1,208 @@
+"""Stage bench: engines and baselines of PyTorch timed against each other in one interleaved run.
+
+It isn't kept by a key, as other stages are: who asks for it wants it measured now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from pipeline import backends, baselines, buckets, machine, samples, timing
+from pipeline import checkpoint as checkpoints
+from pipeline import program as programs
+from pipeline.errors import ExportyardError
+from pipeline.restoring import restored
+from pipeline.store import Stored
+from pipeline.timing import Turns
+from pipeline.trial import Flat
+from pipeline.types import Bench, BenchRow, Recipe, Reporter, Runner, Sizes, Target, WarmUp
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be timed.
+
+    Attributes:
+        recipe: gives axes, inputs and the model's factory.
+        checkpoint: the model's weights.
+        program: captured from the model.
+        engines: by what they are called in the result; all of this host.
+        names: baselines, of `baselines.NAMES`.
+        threads: numbers of threads.
+        seconds: for each runner at each sizes and threads.
+        pin: whether threads are kept on as many cores. A runtime that hands each call to a thread of its own (OpenVINO)
+            then loses time that it wouldn't lose in use.
+    """
+
+    recipe: Recipe
+    checkpoint: Stored
+    program: Stored
+    engines: Mapping[str, tuple[Stored, Target]]
+    names: Sequence[str]
+    threads: Sequence[int]
+    seconds: float
+    pin: bool = False
+
+    def sizes(self) -> list[dict[str, int]]:
+        """Of the axes, smallest first."""
+        return timing.bench_sizes(self.recipe.axes)
+
+
+@dataclass
+class _Found:
+    """What was found out so far."""
+
+    warm_ups: list[WarmUp] = field(default_factory=list)
+    rows: list[BenchRow] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def bench(asked: Asked, folder: Path, report: Reporter) -> Bench:
+    """Time everything at every combination of sizes and threads.
+
+    What can't be had, at all or at some sizes, is told in `Bench.left_out`; it stops nothing else.
+
+    Args:
+        asked: what to time.
+        folder: for what is compiled meanwhile; removed by the caller.
+        report: told how far the work is.
+    """
+    observer = machine.Observer()
+    found = _Found()
+    model = _model(asked, found)
+    for threads in asked.threads:
+        with contextlib.ExitStack() as stack, _compilers_forget():
+            runners = _started(asked, model, threads, folder, stack, found, report)
+            for sizes in asked.sizes():
+                what = f"{len(runners)} runners at {sizes}, {threads} threads"
+                report(len(found.rows), len(asked.threads) * len(asked.sizes()), what)
+                able = {name: run for name, run in runners.items() if _serves(asked, name, sizes, found)}
+                with machine.pinned(threads if asked.pin else None) as cores, observer.timing():
+                    turns = _timed(asked, able, sizes)
+                found.rows.append(row(sizes, threads, cores, turns))
+    state = observer.found()
+    return Bench(
+        recipe=asked.recipe.name,
+        machine=state,
+        seconds=asked.seconds,
+        engines={name: engine.digest for name, (engine, _) in asked.engines.items()},
+        tools=baselines.tools(),
+        warm_ups=tuple(found.warm_ups),
+        rows=tuple(found.rows),
+        left_out=found.left_out,
+        warnings=tuple(machine.warnings(state)),
+    )
+
+
+@contextlib.contextmanager
+def _compilers_forget() -> Iterator[None]:
+    """Inside, torch.compile knows nothing of what was compiled before, and afterwards nothing of what was inside."""
+    import torch
+
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        torch._dynamo.reset()
+
+
+def _model(asked: Asked, found: _Found) -> torch.nn.Module | None:
+    """The user's model with a tuple of outputs; None if no baseline needs it, or it can't be had."""
+    wanted = [name for name in asked.names if name in baselines.MODES]
+    if not wanted:
+        return None
+    path = checkpoints.file_of(asked.checkpoint)
+    try:
+        with programs.quiet():
+            model, _ = restored(asked.recipe, path, path)
+    except ExportyardError as error:  # of a worker, say, which has the program alone
+        found.left_out |= dict.fromkeys(wanted, error.message)
+        return None
+    flat = Flat(model, [spec.name for spec in asked.recipe.outputs], copies=False)
+    flat.training = model.training
+    return flat
+
+
+def _started(
+    asked: Asked,
+    model: torch.nn.Module | None,
+    threads: int,
+    folder: Path,
+    stack: contextlib.ExitStack,
+    found: _Found,
+    report: Reporter,
+) -> dict[str, Runner]:
+    """Every baseline and engine that can be had, each called once at each size."""
+    runners: dict[str, Runner] = {}
+    sizes_of = asked.sizes()
+    order = [*sizes_of[1:2], *sizes_of[:1], *sizes_of[2:]]  # compilers see opt first
+    for name in (name for name in asked.names if name not in found.left_out):
+        report(0, 0, f"{name} for {threads} threads")
+        context = baselines.started(name, asked.recipe, model, asked.program, order, threads, folder)
+        try:
+            begun = stack.enter_context(context)
+        except Exception as error:  # compilers have exceptions of their own
+            found.left_out[name] = baselines.reason_of(error)
+            continue
+        runners[name] = begun.run
+        found.warm_ups.append(begun.warm_up)
+    for name, (engine, target) in asked.engines.items():
+        begun_s = perf_counter()
+        try:
+            run = stack.enter_context(backends.loaded(engine, target, threads))
+            loaded_s = perf_counter()
+            for sizes in (sizes for sizes in order if _serves(asked, name, sizes, found)):
+                run(samples.feeds(asked.recipe, sizes, seed=1))
+        except Exception as error:  # engines have exceptions of their own when they are called
+            found.left_out[name] = baselines.reason_of(error)
+            continue
+        runners[name] = run
+        took = WarmUp(runner=name, threads=threads, build_s=loaded_s - begun_s, first_s=perf_counter() - loaded_s)
+        found.warm_ups.append(took)
+    return runners
+
+
+def _serves(asked: Asked, name: str, sizes: Sizes, found: _Found) -> bool:
+    """Whether a runner takes these sizes: engines with buckets may end before the recipe's axes do."""
+    if name not in asked.engines:
+        return True
+    served = buckets.axes_of(asked.recipe, asked.engines[name][0])
+    if all(served[axis].min <= size <= served[axis].max for axis, size in sizes.items()):
+        return True
+    most = ", ".join(f"{axis} = {one.max}" for axis, one in served.items())
+    found.left_out.setdefault(name, f"serves sizes up to {most} only")
+    return False
+
+
+def _timed(asked: Asked, runners: Mapping[str, Runner], sizes: Sizes) -> dict[str, Turns]:
+    feeds = samples.feeds(asked.recipe, sizes, seed=1)
+    calls = {name: partial(run, feeds) for name, run in runners.items()}
+    return timing.interleaved(calls, asked.seconds * len(calls))
+
+
+def row(sizes: Sizes, threads: int, cores: tuple[int, ...], turns: Mapping[str, Turns]) -> BenchRow:
+    """Times are on the clock; ratios as `Turns.paired`."""
+    paired = {name: one.paired(threads) for name, one in turns.items()}
+
+    def versus(base: str) -> dict[str, object]:
+        return {} if base not in paired else {name: timing.ratio(paired[base], one) for name, one in paired.items()}
+
+    return BenchRow.model_validate(
+        {
+            "sizes": sizes,
+            "threads": threads,
+            "pinned": cores,
+            "times": {name: timing.timing(one.clock_s) for name, one in turns.items()},
+            "versus_eager": versus(baselines.EAGER),
+            "versus_compile": versus(baselines.COMPILE),
+        }
+    )
