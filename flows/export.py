@@ -206,7 +206,7 @@ def _report(job: Job, verdicts: Sequence[Verdict]) -> Path:
         rows = [dict(zip(summary.COLUMNS, _plain(summary.row(verdict)), strict=True)) for verdict in verdicts]
         table = {"key": f"{key}-summary", "description": f"What became of each target of {job.recipe.name}"}
         patiently(partial(create_table_artifact, rows, **table))
-        patiently(partial(create_markdown_artifact, _markdown(job, verdicts, pages[0]), key=f"{key}-report"))
+        patiently(partial(create_markdown_artifact, _markdown(pages[0]), key=f"{key}-report"))
         return str(pages[0])
 
     raise_if_failed(do("report", work))
@@ -218,11 +218,9 @@ def _plain(cells: Sequence[str]) -> list[str]:
     return [Text.from_markup(cell).plain for cell in cells]
 
 
-def _markdown(job: Job, verdicts: Sequence[Verdict], page: Path) -> str:
-    rows = [summary.COLUMNS, ["---"] * len(summary.COLUMNS), *(_plain(summary.row(verdict)) for verdict in verdicts)]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-    reasons = "\n".join(f"- **{verdict.target.name}** {verdict.status}: {verdict.reason}" for verdict in verdicts)
-    return f"# {job.recipe.name}\n\n{table}\n\n{reasons}\n\nThe whole report: `{page}`\n"
+def _markdown(page: Path) -> str:
+    """What lies beside the page, and where that is."""
+    return f"{page.with_name(report.MARKDOWN).read_text()}\nThe whole report: `{page}`\n"
 
 
 def _publish(job: Job, verdicts: Sequence[Verdict], bump: Bump, after: Sequence[State[Any]]) -> Published:

@@ -313,11 +313,18 @@ def row(found: Pair) -> list[str]:
 def _time(found: Pair, old: Engine, new: Engine) -> str:
     if not old.latency.rows or not new.latency.rows:
         return "not measured"
-    both = _both(old, new)
-    if found.slower is None or not both:
+    before, after = both_timed(old, new)
+    if found.slower is None or before is None or after is None:
         return "not comparable"
-    before, after = (_mean([pair[place].median_ms for pair in both]) for place in (0, 1))
     return f"{before:.3g} -> {after:.3g} ms ({found.slower:.2f}x)"
+
+
+def both_timed(old: Engine, new: Engine) -> tuple[float, float] | tuple[None, None]:
+    """Mean milliseconds of one call, over the sizes and threads at which both were timed on one kind of CPU."""
+    both = _both(old, new)
+    if not both or min(time.median_ms for pair in both for time in pair) <= 0:
+        return None, None
+    return _mean([one.median_ms for one, _ in both]), _mean([one.median_ms for _, one in both])
 
 
 def _arrow(before: str, after: str) -> str:

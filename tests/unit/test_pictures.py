@@ -7,7 +7,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from pipeline.pictures import Point, tradeoff
+from pipeline import picture_depth, picture_timeline
+from pipeline.picture_depth import Layer
+from pipeline.picture_timeline import Bar
+from pipeline.picture_tradeoff import Point, Scale, overview, overview_png, tradeoff
 
 POINTS = (
     Point("int8-u8s8", 12.1, 0.968, passed=True, chosen=True),
@@ -15,11 +18,12 @@ POINTS = (
     Point("fp32", 30.2, 0.9705, passed=True, chosen=False),
     Point("int8-u8u8", None, 0.91, passed=False, chosen=False),
 )
+SCALE = Scale(eager=0.9705, budget=0.9605, metric="accuracy", latency="latency in ms")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def drawn(points=POINTS, name="one"):
-    return tradeoff(points, 0.9705, 0.9605, "accuracy", "latency in ms", name=name)
+    return tradeoff(points, SCALE, name=name)
 
 
 def test_the_same_data_are_the_same_bytes_in_every_process():
@@ -92,3 +96,53 @@ def test_labels_lie_apart(points):
     for place, one in enumerate(boxes):
         for two in boxes[place + 1 :]:
             assert one[2] <= two[0] or two[2] <= one[0] or one[3] <= two[1] or two[3] <= one[1], (one, two)
+
+
+def texts(svg):
+    return ["".join(node.itertext()) for node in ET.fromstring(svg).iter(f"{SVG}text")]
+
+
+def titles(svg):
+    return [title.text for title in ET.fromstring(svg).iter(f"{SVG}title")]
+
+
+def test_names_of_any_kind_are_drawn_as_they_are():
+    odd = 'a<b>&"c" $x^2$ -- \\frac'
+    svg = overview([Point(odd, 1.0, 0.97, passed=True, chosen=False), POINTS[2]], SCALE, name="odd")
+    assert titles(svg)[0].startswith(odd)
+    assert any("a<b>&" in text for text in texts(svg))
+
+
+def test_thirty_targets_fit_and_a_wide_span_is_logarithmic():
+    many = [Point(str(place), 0.1 * 1.3**place, 0.97, passed=True, chosen=False) for place in range(1, 31)]
+    svg = overview(many, SCALE, name="many")
+    assert len(titles(svg)) == 30
+    assert any("logarithmic" in text for text in texts(svg))
+    assert "logarithmic" not in " ".join(texts(drawn()))
+
+
+def test_the_png_is_the_same_each_time():
+    one, two = (overview_png(POINTS, SCALE) for _ in range(2))
+    assert one == two
+    assert one.startswith(b"\x89PNG")
+
+
+def test_depth_tells_each_operator_and_names_the_worst():
+    layers = [Layer("stem", 40.0, rank=2), Layer("body", float("inf")), Layer("head", 12.5, 10.0, rank=1)]
+    svg = picture_depth.depth(layers, name="depth", own="by itself", running="in the model")
+    assert titles(svg) == [
+        "stem: by itself 40.0 dB",
+        "body: by itself inf dB",
+        "head: by itself 12.5 dB, in the model 10.0 dB",
+    ]
+    assert {"stem", "head"} <= set(texts(svg))
+    assert "body" not in texts(svg)
+
+
+def test_the_timeline_leaves_out_idle_time_and_shows_what_was_at_once():
+    bars = [Bar("engine", "one", 0, 10), Bar("engine", "two", 2, 10), Bar("parity", "one", 100_000, 5, other=True)]
+    svg = picture_timeline.timeline(bars, name="when")
+    assert titles(svg) == ["engine/one: 10.00 s", "engine/two: 10.00 s", "parity/one: 5.00 s"]
+    assert {"engine", "parity"} <= set(texts(svg))
+    ticks = [float(text) for text in texts(svg) if text.replace(".", "").isdigit()]
+    assert max(ticks) < 20, "a day between two exports would leave no room for them"
