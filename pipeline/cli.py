@@ -25,6 +25,7 @@ from pipeline.commands import (
     releasing,
     serving,
     shelving,
+    stress,
 )
 from pipeline.errors import ExportyardError, UsageError
 
@@ -62,6 +63,7 @@ for _command in (
     checking.parity,
     checking.quantize,
     explaining.explain,
+    stress.stress,
     profile.profile,
     bench.bench,
     releasing.publish,

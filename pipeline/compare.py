@@ -113,6 +113,27 @@ def violations(found: Distance, tolerance: Tolerance) -> list[str]:
     return broken
 
 
+def share(found: Distance, tolerance: Tolerance) -> float:
+    """How much of what `tolerance` allows `found` takes, by the bound that it is nearest to: above 1 it breaks that.
+
+    In amplitudes: 6 dB less SQNR are twice as much.
+    """
+    if found.kind == "indices":
+        return _taken("argmax_agreement", found.argmax_agreement, tolerance.argmax_agreement or 1.0)
+    names = [name for name in Tolerance.model_fields if getattr(tolerance, name) is not None]
+    return max(_taken(name, getattr(found, name), getattr(tolerance, name)) for name in names)
+
+
+def _taken(name: str, value: float | None, bound: float) -> float:
+    if value is None:  # a bound on what this kind of output doesn't have
+        return 0.0
+    if name == "sqnr_db":
+        gap = (bound - value) / 20
+        return 10**gap if gap < 300 else math.inf  # beyond that it is no float
+    taken, allowed = (1 - value, 1 - bound) if name in ("cosine", "argmax_agreement") else (value, bound)
+    return _ratio(max(0.0, taken), allowed)
+
+
 def worst(found: Iterable[Distance]) -> Distance | None:
     """The distance with the least SQNR, None when there is none."""
     return min(found, key=lambda one: (one.sqnr_db, one.cosine), default=None)

@@ -117,6 +117,10 @@ class Answers:
             raise found
         return found
 
+    def form(self, model: Stored) -> Runner:
+        """The graph `model` run as written, for more questions than are worth to be remembered."""
+        return self._written(model)
+
     def _ask(self, run: Runner, place: int, sample: Sample) -> Outputs:
         try:
             return dict(run(sample.feeds))

@@ -116,6 +116,6 @@ def _vectors(subject: Subject) -> Iterator[StressCheck]:
     for file, feeds in kept.items():
         name = f"vector:{file}"
         if padding.fits(feeds, subject.signature):
-            yield _with_form(subject, name, feeds)
+            yield _with_form(subject, name, feeds, ties=True)  # which a search finds
         else:
             yield not_asked(name, f"the engine doesn't serve {padding.sizes_of(feeds, subject.signature)}")

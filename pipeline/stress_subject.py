@@ -9,11 +9,23 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import compare, padding
+from pipeline import compare, padding, tolerances
+from pipeline import targets as rows_of
 from pipeline.errors import ExportyardError, first_line
 from pipeline.reference import Answers
 from pipeline.store import Stored
-from pipeline.types import Distance, OutputKind, Policy, Recipe, Runner, Signature, StressCheck, Tolerance
+from pipeline.types import (
+    Distance,
+    OutputKind,
+    Policy,
+    Recipe,
+    Runner,
+    Scheme,
+    Signature,
+    StressCheck,
+    Target,
+    Tolerance,
+)
 
 if TYPE_CHECKING:
     from pipeline.types import Tensors
@@ -69,11 +81,34 @@ class Subject:
 
     def broken(self, found: tuple[Distance, ...], *, ties: bool = False) -> list[str]:
         """What of `found` is out of bounds, in words; with `ties`, which element is the largest isn't asked."""
+        return [text for one, bound in self._bounded(found, ties=ties) for text in compare.violations(one, bound)]
+
+    def share(self, found: tuple[Distance, ...]) -> float:
+        """How much of what its bounds allow the engine takes, at most; which element is the largest isn't asked."""
+        return max((compare.share(one, bound) for one, bound in self._bounded(found, ties=True)), default=0.0)
+
+    def _bounded(self, found: tuple[Distance, ...], *, ties: bool) -> list[tuple[Distance, Tolerance]]:
+        pairs = [(one, self.bounds[one.output]) for one in found]
         if not ties:
-            return [text for one in found for text in compare.violations(one, self.bounds[one.output])]
-        sized = [one for one in found if one.kind != "indices"]
-        bounds = {name: one.model_copy(update={"argmax_agreement": None}) for name, one in self.bounds.items()}
-        return [text for one in sized for text in compare.violations(one, bounds[one.output])]
+            return pairs
+        sized = [(one, bound.model_copy(update={"argmax_agreement": None})) for one, bound in pairs]
+        return [(one, bound) for one, bound in sized if one.kind != "indices" and bound.model_dump(exclude_none=True)]
+
+
+def of(
+    recipe: Recipe, run: Runner, engine: Stored, model: Stored, answers: Answers, target: Target, scheme: Scheme
+) -> Subject:
+    """The engine of a target in one numeric form, loaded as `run`."""
+    return Subject(
+        recipe=recipe,
+        run=run,
+        model=model,
+        signature=engine.signature(),
+        answers=answers,
+        bounds=tolerances.of(recipe, target, scheme),
+        in_fp32=scheme == "fp32",
+        slow=target.device is not None or rows_of.unfit(target) is not None,
+    )
 
 
 def apart(reference: Tensors, found: Tensors, kinds: Mapping[str, OutputKind]) -> tuple[Distance, ...]:

@@ -12,13 +12,11 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from pipeline import backends, buckets, compare, metrics, padding, samples, stress, tolerances
-from pipeline import targets as rows_of
+from pipeline import backends, buckets, compare, metrics, padding, samples, stress, stress_subject
 from pipeline.buckets import Bucket
 from pipeline.errors import BuildError, ExportyardError, ParityError, RecipeError
 from pipeline.reference import Answers, Outputs
 from pipeline.store import Stored, write_json
-from pipeline.stress_subject import Subject, not_asked
 from pipeline.types import (
     Distance,
     MetricResult,
@@ -61,7 +59,6 @@ def parity(
     axes, among = buckets.axes_of(recipe, engine), buckets.of(engine)
     combinations = samples.combinations(axes, buckets.edges(axes, among))
     steps = len(combinations) + 1
-    bounds = tolerances.of(recipe, target, scheme)
     with backends.loaded(engine, target) as run:
         sizes = []
         for done, combination in enumerate(combinations):
@@ -72,13 +69,9 @@ def parity(
         minds = {
             _spell(one): text for one in combinations if (text := _minds_padding(engine, among, answers, one, kinds))
         }
-        wrong = [*minds.values(), *_judge(sizes, minds, model, bounds)]
+        subject = stress_subject.of(recipe, run, engine, model, answers, target, scheme)
+        wrong = [*minds.values(), *_judge(sizes, minds, model, subject.bounds)]
         report(len(combinations), steps, f"parity {target.name} {scheme} under stress")
-        subject = Subject(
-            *(recipe, run, model, engine.signature(), answers, bounds),
-            in_fp32=scheme == "fp32",
-            slow=target.device is not None or rows_of.unfit(target) is not None,
-        )
         checks = _stress(subject, combinations, wrong or failure)
     report(steps, steps, f"parity {target.name} {scheme}")
     reasons = [
@@ -100,10 +93,12 @@ def parity(
     return {"passed": found.passed, "warnings": [*_warnings(found, len(answers.evaluation()))]}
 
 
-def _stress(subject: Subject, compared: list[dict[str, int]], wrong: list[str]) -> tuple[StressCheck, ...]:
+def _stress(
+    subject: stress_subject.Subject, compared: list[dict[str, int]], wrong: list[str]
+) -> tuple[StressCheck, ...]:
     """Every check beyond usual inputs; none of an engine that is wrong with usual ones."""
     if wrong:
-        return (not_asked("all", "the engine is wrong with usual inputs"),)
+        return (stress_subject.not_asked("all", "the engine is wrong with usual inputs"),)
     return tuple(stress.checks(subject, compared))
 
 

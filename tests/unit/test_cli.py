@@ -16,6 +16,7 @@ SURFACE = {
     "targets": {"-C", "--json"},
     "export": {"--checkpoint", "--target", "-t", "--jobs", "-j", "-C", "--json"},
     "parity": {"--target", "-t", "-C", "--json"},
+    "stress": {"--target", "-t", "--scheme", "--seconds", "--seed", "--keep", "-C", "--json"},
     "profile": {"--target", "-t", "--by", "--depth", "--scheme", "-C", "--json"},
     "bench": {"--target", "-t", "--threads", "--seconds", "--baseline", "--pin", "--all", "-C", "--json"},
     "quantize": {"--target", "-t", "--explain", "-C", "--json"},
