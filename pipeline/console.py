@@ -5,18 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Literal, TextIO
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.errors import ExportyardError
 from pipeline.types import Reporter, no_report
 
 PIPE_WIDTH = 240  # wide enough that no table cell is cut where there is no terminal
+_READABLE = 40  # letters of a line that one reads without effort
+_GAP = 2  # blanks between columns
 
 
 def console(stream: TextIO) -> Console:
@@ -82,15 +87,96 @@ def progress() -> Iterator[Reporter]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
-    """Print a table on stdout; columns named in `numbers` are aligned to the right. Cells may hold markup."""
+    """Print a table on stdout; columns named in `numbers` are aligned to the right. Cells may hold markup.
+
+    On a terminal that is too narrow for it, the last column goes below its row if it is text; then the first goes
+    above; then each row becomes lines of names and values. So nothing is cut, and no number is broken.
+    """
     if not rows:
         return
+    out = console(sys.stdout)
+    cells = [[Text.from_markup(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, (name, *(row[at].plain for row in cells)))) for at, name in enumerate(columns)]
+    last_is_text = columns[-1] not in numbers
+    least = min(widths[-1], _READABLE) if last_is_text else widths[-1]
+    if not sys.stdout.isatty() or sum(widths[:-1]) + least + _GAP * len(columns) <= out.width:
+        _whole(out, columns, rows, numbers)
+        return
+    below = len(columns) - 1 if last_is_text and len(columns) > 1 else len(columns)
+    for above in (0, 1):
+        lines = range(above, below)
+        if lines and sum(widths[at] + _GAP for at in lines) + _GAP * above - _GAP <= out.width:
+            _aligned(out, columns, cells, numbers, widths, above, below)
+            return
+    _stacked(out, columns, cells, below)
+
+
+def _whole(out: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> None:
     drawn = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False, header_style="bold")
-    for column in columns:
-        drawn.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for at, column in enumerate(columns):
+        side: Literal["left", "right"] = "right" if column in numbers else "left"
+        drawn.add_column(column, justify=side, overflow="fold", no_wrap=sys.stdout.isatty() and at < len(columns) - 1)
     for row in rows:
         drawn.add_row(*row)
-    console(sys.stdout).print(drawn)
+    out.print(drawn)
+
+
+def _aligned(
+    out: Console,
+    columns: Sequence[str],
+    cells: Sequence[Sequence[Text]],
+    numbers: Sequence[str],
+    widths: Sequence[int],
+    above: int,
+    below: int,
+) -> None:
+    """Columns from `above` to `below` side by side; those before on a line of their own, those after below them."""
+    inset = " " * _GAP * above
+
+    def line(row: Sequence[Text]) -> Text:
+        parts = [Text(inset)]
+        for at in range(above, below):
+            cell = row[at].copy()
+            space = " " * (widths[at] - cell.cell_len)
+            right = columns[at] in numbers
+            parts += [Text(space), cell] if right else [cell, Text(space)]
+            parts.append(Text(" " * _GAP))
+        found = Text("").join(parts)
+        found.rstrip()
+        return found
+
+    head = line([Text(name, style="bold") for name in columns])
+    out.print(head)
+    group = ""
+    for row in cells:
+        if above and row[0].plain != group:
+            group = row[0].plain
+            out.print(row[0])
+        out.print(line(row))
+        _tail(out, row[below:])
+
+
+def _stacked(out: Console, columns: Sequence[str], cells: Sequence[Sequence[Text]], below: int) -> None:
+    """Each row as lines of names and values; what is empty is left out."""
+    for row in cells:
+        out.print(row[0])
+        line = Text()
+        for name, cell in zip(columns[1:below], row[1:below], strict=True):
+            part = Text(f"{name} ", style="dim").append_text(cell)
+            if line and line.cell_len + _GAP + part.cell_len > out.width - _GAP:
+                out.print(Padding(line, (0, 0, 0, _GAP)))
+                line = Text()
+            if cell.plain:
+                line = Text(" " * _GAP).join([line, part]) if line else part
+        if line:
+            out.print(Padding(line, (0, 0, 0, _GAP)))
+        _tail(out, row[below:])
+
+
+def _tail(out: Console, rest: Sequence[Text]) -> None:
+    for cell in rest:
+        if cell.plain:
+            out.print(Padding(cell, (0, 0, 0, 2 * _GAP)))
 
 
 def say(text: str) -> None:
