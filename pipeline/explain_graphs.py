@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -78,11 +78,29 @@ class _Tensor:
     roots: tuple[str, ...] = ()
 
 
+class Numbers(Protocol):
+    """Names and precision of a form whose reference is in other numbers."""
+
+    def view(self, name: str) -> View | None:
+        """The tensor of the reference that `name` is; None if it is none."""
+        ...
+
+    def wide(self, runs: Sequence[onnx.NodeProto], values: Mapping[str, Array]) -> dict[str, Array]:
+        """How far off each tensor and constant of the reference may be that the form's operators `runs` read.
+
+        Args:
+            runs: operators of the form.
+            values: of the reference.
+        """
+        ...
+
+
 @dataclass
 class Walk:
     """The comparison of `engine` with `reference` on some `feeds`.
 
     Attributes:
+        numbers: what the engine's own numbers explain beyond rounding, for a form of another precision.
         skipped: operators of the engine that could not be compared on their own, as they stand for no tensor that
             the reference has.
     """
@@ -92,6 +110,7 @@ class Walk:
     feeds: Sequence[Feeds]
     report: Reporter = no_report
     what: str = "explain"
+    numbers: Numbers | None = None
     skipped: list[str] = field(default_factory=list)
     _values: list[dict[str, Array]] = field(default_factory=list)
     _tensors: dict[str, _Tensor] = field(default_factory=dict)
@@ -136,8 +155,6 @@ class Walk:
         views = [one.view for one in inputs if one.view is not None]
         for name, tensor in made.items():
             tensor.runs, tensor.roots = runs, roots
-            if not inputs:  # computed of constants alone
-                tensor.runs = ()
             self._tensors[name] = tensor
             for step in self._matched(node, name, tensor, inputs, views):
                 tensor.view, tensor.runs, tensor.roots = step.view, (), (step.view.name,)
@@ -176,8 +193,11 @@ class Walk:
         self, node: onnx.NodeProto, name: str, tensor: _Tensor, inputs: Sequence[_Tensor], views: Sequence[View]
     ) -> Iterator[Step]:
         """The one step that ends with the tensor, or none if nobody can say what it is."""
-        if name in self._values[0] and name not in self._known:
-            yield self._compared(View(name), tensor, views)
+        same = self.numbers.view(name) if self.numbers is not None else View(name)
+        if same is not None and same.name in self._values[0]:
+            yield self._compared(same, tensor, views)
+            return
+        if self.numbers is not None:  # a form keeps names, and its numbers are too coarse to tell tensors apart
             return
         if len(inputs) == 1 and len(views) == 1:
             laid = pairs.relaid(node, views[0])
@@ -197,7 +217,7 @@ class Walk:
                 yield best
                 return
         names = [view.name for _, view in found]
-        alone = len(tensor.runs) == 1
+        alone = all(run.name == node.name or not set(run.input) & set(self._tensors) for run in tensor.runs)
         guesses = set(pairs.guesses(node, names, self.reference.graph, self._known, alone=alone))
         likely = [view for _, view in found if view.name in guesses]
         sharing = [view for view in likely if self._shares(node, view)]
@@ -275,24 +295,43 @@ class Walk:
         own = _distance(view, wanted, made)
         if own == math.inf:
             return own, own, None, 1, back, wanted
-        wide, count = self._rounding(place, nodes)
+        narrow = max((explain_rounding.unit(one.dtype) for one in self._numbers(place, tensor)), default=0.0)
+        given = self._given(place, tensor)
+        wide, count = self._rounding(place, nodes, given, narrow)
         off = wide.get(view.name)
+        if not nodes and off is None and (view.factor is not None or narrow > explain_rounding.unit(wanted.dtype)):
+            off = (narrow if view.factor is None else explain_rounding.BOTH * narrow) * np.abs(wanted)
         if _kind(wanted) == "float":
-            noise = 0.0 if off is None else explain_rounding.BOTH * off
+            noise = 0.0 if off is None else off if not nodes else explain_rounding.BOTH * off
             return own, compare.distance(view.name, wanted, wanted + noise).sqnr_db, None, count, back, wanted
         edges = 0 if off is None else int(np.count_nonzero(off))
         # one step at each value on an edge
-        least = np.array(off != 0 if off is not None else np.zeros(wanted.shape), np.float64)
-        return own, compare.distance(view.name, wanted, wanted + least).sqnr_db, edges, count, back, wanted
+        steps = np.zeros(wanted.shape) if off is None else off
+        return own, compare.distance(view.name, wanted, wanted + steps).sqnr_db, edges, count, back, wanted
 
-    def _rounding(self, place: int, nodes: Sequence[onnx.NodeProto]) -> tuple[dict[str, Array], int]:
+    def _numbers(self, place: int, tensor: _Tensor) -> list[Array]:
+        """In what the engine's operators compute: what they make, what they read, and their constants."""
+        names = [name for run in tensor.runs for name in run.input]
+        read = [
+            self._tensors[name].right[place] if name in self._tensors else self.engine.value(name) for name in names
+        ]
+        return [one for one in (tensor.right[place], *read) if one is not None]
+
+    def _given(self, place: int, tensor: _Tensor) -> dict[str, Array]:
+        if self.numbers is None:
+            return {}
+        return self.numbers.wide(tensor.runs, self._values[place])
+
+    def _rounding(
+        self, place: int, nodes: Sequence[onnx.NodeProto], given: Mapping[str, Array], narrow: float
+    ) -> tuple[dict[str, Array], int]:
         """How far each tensor that `nodes` make may be off by rounding alone, and how many numbers they add up."""
-        wide: dict[str, Array] = {}
+        wide: dict[str, Array] = dict(given)
         count = 1
         values = self._values[place]
         for node in nodes:
             inputs = {name: self._value(values, name) for name in reads(node)}
-            off = explain_rounding.amplitudes(self.reference, node, inputs, wide)
+            off = explain_rounding.amplitudes(self.reference, node, inputs, wide, narrow)
             wide |= {name: one for name, one in off.items() if one.any()}
             made = {name: values[name] for name in node.output if name}
             count = max(count, explain_rounding.summands(node, inputs, made))

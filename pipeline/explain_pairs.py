@@ -36,13 +36,17 @@ class View:
     Attributes:
         name: the tensor of the reference.
         layout: None as it is there, ``"blocked"`` in NCHWc, or the permutation of its dimensions.
+        factor: what it is multiplied with, along its last dimension; None for nothing.
     """
 
     name: str
     layout: Literal["blocked"] | tuple[int, ...] | None = None
+    factor: Array | None = None
 
     def of(self, value: Array) -> Array:
         """`value` of the reference as the engine holds it."""
+        if self.factor is not None:
+            value = value * self.factor
         if self.layout is None:
             return value
         if self.layout == "blocked":
@@ -59,6 +63,8 @@ class View:
             if value.ndim != len(self.layout):
                 return None
             value = value.transpose(np.argsort(self.layout))
+        if self.factor is not None:
+            value = value / self.factor
         return value if value.shape == like.shape else None
 
 

@@ -43,7 +43,11 @@ def unit(dtype: np.dtype[Any]) -> float:
 
 
 def amplitudes(
-    operators: Operators, node: onnx.NodeProto, inputs: Mapping[str, Array], wide: Mapping[str, Array]
+    operators: Operators,
+    node: onnx.NodeProto,
+    inputs: Mapping[str, Array],
+    wide: Mapping[str, Array],
+    narrow: float = 0.0,
 ) -> dict[str, Array]:
     """How far each element of the node's outputs may be off, as a typical magnitude.
 
@@ -52,13 +56,18 @@ def amplitudes(
         node: the operator.
         inputs: values of what it reads, constants included.
         wide: how far each element of an input may be off already; exact where it is missing.
+        narrow: unit of the numbers that it is computed in elsewhere, if they are narrower.
     """
     made = operators.run(node, inputs, fixed=False)
     if node.op_type == _QUANTIZE:
         return _quantized(operators, node, inputs, wide)
-    if node.op_type in LINEAR and all(np.issubdtype(one.dtype, np.floating) for one in made.values()):
-        return _linear(operators, node, inputs, wide, made)
-    return _moved(operators, node, inputs, wide, made)
+    floats = [one.dtype for one in made.values() if np.issubdtype(one.dtype, np.floating)]
+    share = math.sqrt(summands(node, inputs, made)) * max((unit(dtype) for dtype in floats), default=0.0)
+    if floats:
+        share = max(share, math.sqrt(summands(node, inputs, made)) * narrow)
+    if node.op_type in LINEAR and floats:
+        return _linear(operators, node, inputs, wide, share)
+    return _moved(operators, node, inputs, wide, made, share, narrow)
 
 
 def summands(node: onnx.NodeProto, inputs: Mapping[str, Array], made: Mapping[str, Array]) -> int:
@@ -91,24 +100,35 @@ def _linear(
     node: onnx.NodeProto,
     inputs: Mapping[str, Array],
     wide: Mapping[str, Array],
-    made: Mapping[str, Array],
+    share: float,
 ) -> dict[str, Array]:
-    dtype = next(iter(made.values())).dtype
-    own = math.sqrt(summands(node, inputs, made)) * unit(dtype)
+    """Its own rounding, and what comes in: errors of single elements are independent, so that their squares add up."""
     floats = [name for name in node.input if name and np.issubdtype(inputs[name].dtype, np.floating)]
     rest = {name: inputs[name] for name in node.input if name and name not in floats}
-    size = {name: np.abs(inputs[name]) for name in floats}
-    # linear in the first input and the bias: one run for what comes in and what is added
-    moved = {name: (own * size[name] + wide.get(name, 0)).astype(inputs[name].dtype) for name in floats}
     second = node.input[1] if len(node.input) > 1 and node.input[1] in floats else None
-    if second is not None:
-        moved[second] = size[second]
-    found = operators.run(node, rest | moved, fixed=False)
+
+    def passed(first: Mapping[str, Array], weight: Array | None) -> dict[str, Array]:
+        given = {name: first.get(name, np.zeros(())) for name in floats}
+        if second is not None and weight is not None:
+            given[second] = weight
+        full = {
+            name: np.broadcast_to(one, inputs[name].shape).astype(inputs[name].dtype) for name, one in given.items()
+        }
+        return operators.run(node, rest | full, fixed=False)
+
+    size = {name: np.abs(inputs[name]) for name in floats}
+    weight = None if second is None else size[second]
+    found = passed({name: share * one for name, one in size.items()}, weight)
+    found = {name: np.abs(_wide(one)) for name, one in found.items()}
+    parts = []
+    first = {name: np.square(wide[name]) for name in floats if name in wide and name != second}
+    if first:
+        parts.append(passed(first, None if weight is None else np.square(weight)))
     if second is not None and second in wide:
-        other = {name: np.zeros_like(size[name]) for name in floats}
-        other |= {node.input[0]: size[node.input[0]], second: wide[second].astype(inputs[second].dtype)}
-        found = {name: one + found[name] for name, one in operators.run(node, rest | other, fixed=False).items()}
-    return {name: np.abs(one) for name, one in found.items()}
+        parts.append(passed({node.input[0]: np.square(size[node.input[0]])}, np.square(wide[second])))
+    for part in parts:
+        found = {name: np.hypot(one, np.sqrt(np.abs(_wide(part[name])))) for name, one in found.items()}
+    return found
 
 
 def _quantized(
@@ -133,18 +153,19 @@ def _moved(
     inputs: Mapping[str, Array],
     wide: Mapping[str, Array],
     made: Mapping[str, Array],
+    share: float,
+    narrow: float,
 ) -> dict[str, Array]:
     """By moving the inputs to and fro, each element in a direction of its own."""
-    floats = [one.dtype for one in made.values() if np.issubdtype(one.dtype, np.floating)]
-    share = math.sqrt(summands(node, inputs, made)) * (unit(floats[0]) if floats else 0.0)
-    found = {name: unit(one.dtype) * np.abs(_wide(one)) for name, one in made.items()}
+    found = {name: _unit(one, narrow) * np.abs(_wide(one)) for name, one in made.items()}
     draw = np.random.default_rng(0)
     reach = {
         name: share * np.abs(_wide(one)) + wide.get(name, 0) for name, one in inputs.items() if _moves(one, name, wide)
     }
     if not any(one.any() for one in reach.values()):
         return found
-    for _ in range(2):
+    # an index or a choice flips only for some of the directions
+    for _ in range(2 if all(_is_float(one) for one in made.values()) else 16):
         moved = {
             name: _as(inputs[name], _wide(inputs[name]) + far * draw.choice((-1.0, 1.0), far.shape))
             for name, far in reach.items()
@@ -162,8 +183,17 @@ def _moved(
     return found
 
 
+def _unit(value: Array, narrow: float) -> float:
+    own = unit(value.dtype)
+    return max(own, narrow) if own else 0.0
+
+
 def _moves(value: Array, name: str, wide: Mapping[str, Array]) -> bool:
     return np.issubdtype(value.dtype, np.floating) or (name in wide and value.dtype != np.bool_)
+
+
+def _is_float(value: Array) -> bool:
+    return bool(np.issubdtype(value.dtype, np.floating))
 
 
 def _wide(value: Array) -> Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import onnx
 from pydantic import JsonValue
 
-from pipeline import buckets, explain_engine, samples, targets
+from pipeline import buckets, calibrate, explain_engine, explain_form, samples, targets
 from pipeline.reference import Answers
+from pipeline.stages.quantize import FORMS, STATISTICS
 from pipeline.store import Stored, write_json
 from pipeline.types import Departure, Explanation, Layer, ParityReport, Recipe, Reporter, Scheme, Sizes, Target
 
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Feeds = Mapping[str, NDArray[Any]]
+    Silent = tuple[tuple[Departure, ...], str | None]
 
 FILE = "explanation.json"
 GRAPH = "model.onnx"
+SEARCH = "search.json"
 SAMPLES = 1  # of the evaluation data: an operator at fault is so for all; sizes differ more than samples do
 
 
@@ -100,10 +104,13 @@ def explain(
         departures, reason = _cut(recipe, model, target, scheme, feeds, unlike, report)
     found += departures
     silent += [reason] if reason else []
-    for level in (_form, _conversion):
-        departures, reason = level(recipe, model, scheme, feeds, report)
-        found += departures
-        silent += [reason] if reason else []
+    departures, of_form, reason = _form(model, scheme, feeds, report)
+    found += departures
+    layers = of_form or layers
+    silent += [reason] if reason else []
+    departures, reason = _conversion(recipe, model, feeds)
+    found += departures
+    silent += [reason] if reason else []
     return Explanation(
         recipe=recipe.name,
         target=target.name,
@@ -157,9 +164,6 @@ def _engine(model: Model, target: Target, feeds: Sequence[Feeds], report: Report
     return explain_engine.departures(made, onnx.load(source), feeds, report)
 
 
-Silent = tuple[tuple[Departure, ...], str | None]
-
-
 def _cut(
     recipe: Recipe,
     model: Model,
@@ -177,18 +181,34 @@ def _cut(
     return found
 
 
-def _form(recipe: Recipe, model: Model, scheme: Scheme, feeds: Sequence[Feeds], report: Reporter) -> Silent:
+def _form(
+    model: Model, scheme: Scheme, feeds: Sequence[Feeds], report: Reporter
+) -> tuple[tuple[Departure, ...], tuple[Layer, ...], str | None]:
     """The numeric form against fp32."""
     if scheme == "fp32":
-        return (), None
+        return (), (), None
     if model.graph is None or GRAPH not in model.form.artifact.files:
-        return (), f"`{scheme}` isn't a form of an fp32 graph"
-    return (), "the form is not looked into"
+        return (), (), f"`{scheme}` isn't a form of an fp32 graph here, but of the program"
+    if scheme == "bf16":
+        return (), (), "ONNX Runtime hands out no bfloat16 numbers, so that the form can't be looked into"
+    chosen: dict[str, Any] = {}
+    if SEARCH in model.form.artifact.files:
+        chosen = json.loads(model.form.file(SEARCH).read_text())["chosen"]
+    found, layers, _ = explain_form.departures(
+        onnx.load(model.form.file(GRAPH)),
+        onnx.load(model.graph.file(GRAPH)),
+        FORMS.get(scheme),
+        feeds,
+        {} if model.statistics is None else calibrate.load(model.statistics.file(STATISTICS)),
+        corrected=bool(chosen.get("correct")),
+        smooth=bool(chosen.get("smooth")),
+        report=report,
+    )
+    return found, layers, None
 
 
-def _conversion(recipe: Recipe, model: Model, scheme: Scheme, feeds: Sequence[Feeds], report: Reporter) -> Silent:
+def _conversion(recipe: Recipe, model: Model, feeds: Sequence[Feeds]) -> Silent:
     """The fp32 graph against the program."""
-    del scheme, report
     if model.graph is None:
         return (), None
     explain_program = importlib.import_module("pipeline.explain_program")

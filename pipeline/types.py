@@ -683,7 +683,7 @@ class Explanation(Frozen):
     Attributes:
         sizes: of the axes, at which the model was looked at.
         departures: the first is the answer; none where all is as it should be.
-        layers: of the engine against the form it was built from.
+        layers: of the engine against the form it was built from; of that form against fp32 where it has other numbers.
         compared: tensors that were compared.
         not_compared: why some levels could not be looked into; None if all were.
     """
