@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import linecache
 import os
 import re
 import tempfile
@@ -99,12 +98,6 @@ def place(where: str, reason: str, root: Path) -> Place:
     else:
         told, advice = reason.strip().splitlines()[0].rstrip("."), _advice(code + reason)
     return Place(line=shown, reason=told, advice=advice)
-
-
-def place_of_line(file: str, line: int, root: Path) -> Place:
-    """A graph break of which only the line is known."""
-    code = linecache.getline(file, line).strip()
-    return place(f"{file}:{line}: {code}", "torch.compile goes back to Python here", root)
 
 
 def _count(places: int) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import convert_frame
-from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics, set_compilation_metrics_limit
+from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 
 from pipeline import breaks, ranges
 from pipeline import program as programs
@@ -26,14 +26,14 @@ from pipeline.types import Compilation, Place, Recipe, Sizes
 ORDER = ("opt", "min", "max")
 """Ends of the axes that a model is called at: first as one would try it out, then as it is met in use."""
 
-_RESUME = re.compile(r"torch_dynamo_resume_in_.*_at_(\d+)$")
+# functions of dynamo through which every recompilation and every graph break goes, since they log it
+_AGAIN, _BREAK = "get_and_maybe_log_recompilation_reasons", "log_graph_break"
+_OTHER = "BACKEND_MATCH"
 _SIZE = re.compile(r"inputs\[(\d+)\]\.size\(\)\[(\d+)\]")
-_MISMATCH = re.compile(
-    r"tensor '(?:L\['inputs'\]|inputs)\[(\d+)\]' size mismatch at index (\d+)\. expected (\d+), actual (\d+)"
-)
+_MISMATCH = re.compile(r"tensor '(.+)' size mismatch at index (\d+)\. expected (\d+), actual \d+")
+_INPUT = re.compile(r"(?:L\['inputs'\]|inputs)\[(\d+)\]$")
 _NOTE = re.compile(r"# (?P<where>[^\s#]+:\d+) in [^(]*(?P<first>\(user code shown is first use)?")
 _WARM_UP = "call it once at this size before it serves, or the first caller waits for the compiler"
-_MOST_EVENTS = 4096
 
 
 @dataclass
@@ -41,15 +41,12 @@ class Trail:
     """What dynamo did while it was listened to.
 
     Attributes:
-        graphs: that it handed to a compiler.
-        breaks: frames (file, line) after which it began another graph, with the reason where one was told.
-        again: why it compiled something again: (file of that frame, reasons).
+        breaks: where it went back to Python, by ``file:line`` of the innermost frame: the reason, and the frames.
+        again: why it compiled something again, an entry each time: what kept it from each graph that was there.
     """
 
-    graphs: int = 0
-    breaks: dict[tuple[str, int], str] = field(default_factory=dict)
-    stacks: list[tuple[str, list[traceback.FrameSummary]]] = field(default_factory=list)
-    again: list[tuple[str, list[str]]] = field(default_factory=list)
+    breaks: dict[str, tuple[str, list[traceback.FrameSummary]]] = field(default_factory=dict)
+    again: list[list[str]] = field(default_factory=list)
 
 
 def mark(recipe: Recipe, tensors: Sequence[torch.Tensor]) -> None:
@@ -81,9 +78,10 @@ def followed(recipe: Recipe, model: torch.nn.Module, tensors: Callable[[Sizes], 
     sizes_of = sizes_in_order(recipe)
     graphs: list[int] = []
     recompilations: list[Place] = []
+    met: list[None] = []
     torch._dynamo.reset()
     with programs.quiet(), listening() as trail:
-        call = torch.compile(model, backend=_noting(trail))
+        call = torch.compile(model, backend=_counting(met))
         for sizes in sizes_of:
             inputs = tensors(sizes)
             mark(recipe, inputs)
@@ -94,8 +92,8 @@ def followed(recipe: Recipe, model: torch.nn.Module, tensors: Callable[[Sizes], 
             except Exception as error:  # whatever tracing, or the model itself, raises
                 reason = f"at {_text(sizes)}: {type(error).__name__}: {first_line(error)}"
                 return Compilation(recipe=recipe.name, sizes=tuple(sizes_of), not_followed=reason)
-            graphs.append(trail.graphs)
-            recompilations += [_recompilation(recipe, reasons, sizes) for _, reasons in trail.again[known:]]
+            graphs.append(len(met))
+            recompilations += [_recompilation(recipe, reasons, sizes) for reasons in trail.again[known:]]
     torch._dynamo.reset()
     return Compilation(
         recipe=recipe.name,
@@ -110,55 +108,56 @@ def followed(recipe: Recipe, model: torch.nn.Module, tensors: Callable[[Sizes], 
 def listening() -> Iterator[Trail]:
     """Notes what dynamo does inside. One thread at a time, as dynamo itself."""
     trail = Trail()
-    name = "get_and_maybe_log_recompilation_reasons"
-    kept = getattr(convert_frame, name, None)
 
-    def listen(entries: Any, frame: Any, *arguments: Any, **options: Any) -> Any:
-        reasons = kept(entries, frame, *arguments, **options)  # type: ignore[misc]  # only set if there is one
-        trail.again.append((str(frame.f_code.co_filename), [str(reason) for reason in reasons]))
+    why: Any = getattr(convert_frame, _AGAIN, None)
+    told: Any = getattr(InstructionTranslatorBase, _BREAK, None)
+
+    def compiles_again(*arguments: Any, **options: Any) -> Any:
+        reasons = why(*arguments, **options)
+        # another compiler for the same model is no recompilation
+        found = [text for text in map(str, reasons) if _OTHER not in text]
+        if found:
+            trail.again.append(found)
         return reasons
 
-    clear_compilation_metrics()
-    set_compilation_metrics_limit(_MOST_EVENTS)
-    if kept is not None:
-        setattr(convert_frame, name, listen)
+    def broke(*arguments: Any, **options: Any) -> Any:
+        given = (*arguments, *options.values())
+        reason = next((one for one in given if isinstance(one, str)), "torch.compile goes back to Python here")
+        error = next((one for one in given if isinstance(one, BaseException)), None)
+        stack = list(getattr(error, "real_stack", None) or torch._guards.TracingContext.extract_stack())
+        if stack:
+            trail.breaks.setdefault(f"{stack[-1].filename}:{stack[-1].lineno}", (reason, stack))
+        return told(*arguments, **options)
+
+    if why is not None:
+        setattr(convert_frame, _AGAIN, compiles_again)
+    if told is not None:
+        setattr(InstructionTranslatorBase, _BREAK, broke)
     try:
         yield trail
     finally:
-        if kept is not None:
-            setattr(convert_frame, name, kept)
-        for event in get_compilation_metrics():
-            resumed = _RESUME.search(event.co_name or "")
-            if resumed is not None:
-                trail.breaks.setdefault((str(event.co_filename), int(resumed.group(1))), "")
-        clear_compilation_metrics()
+        if why is not None:
+            setattr(convert_frame, _AGAIN, why)
+        if told is not None:
+            setattr(InstructionTranslatorBase, _BREAK, told)
 
 
-def _noting(trail: Trail) -> Callable[..., Any]:
-    """A compiler that compiles nothing, and notes the graphs that it is given."""
+def _counting(met: list[None]) -> Callable[..., Any]:
+    """A compiler that compiles nothing, and adds an entry to `met` for each graph that it is given."""
 
     def compiler(graph: Any, _: Any) -> Any:
-        trail.graphs += 1
-        why = getattr(graph, "compile_subgraph_reason", None)
-        if why is not None and why.graph_break:
-            trail.stacks.append((str(why.reason), list(why.user_stack or [])))
+        met.append(None)
         return graph.forward
 
     return compiler
 
 
 def _places(trail: Trail, root: Path) -> list[Place]:
-    """Each graph break once: those whose reason was told first, then those of which only the line is known."""
-    found: dict[str, Place] = {}
-    lines: set[tuple[str, int]] = set()
-    for reason, stack in trail.stacks:
-        lines |= {(frame.filename, frame.lineno or 0) for frame in stack}
-        where = ranges.user_line(stack, root) or (f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "")
-        found.setdefault(where or reason, breaks.place(where, reason, root))
-    for file, line in trail.breaks:
-        if (file, line) not in lines:
-            found.setdefault(f"{file}:{line}", breaks.place_of_line(file, line, root))
-    return list(found.values())
+    """Each graph break, in the order in which they were met first."""
+    return [
+        breaks.place(ranges.user_line(stack, root) or where, reason, root)
+        for where, (reason, stack) in trail.breaks.items()
+    ]
 
 
 def _recompilation(recipe: Recipe, reasons: Sequence[str], sizes: Sizes) -> Place:
@@ -168,8 +167,10 @@ def _recompilation(recipe: Recipe, reasons: Sequence[str], sizes: Sizes) -> Plac
     condition = text.partition(": ")[2].partition("  #")[0].strip() or text.strip()
     mismatch = _MISMATCH.search(text)
     if mismatch is not None:
-        axis = _axis(recipe, int(mismatch.group(1)), int(mismatch.group(2)))
-        told = f"a graph is there for {axis} = {mismatch.group(3)} alone"
+        name, dimension, size = mismatch.groups()
+        place = _INPUT.match(name)
+        what = f"{name}[{dimension}]" if place is None else _axis(recipe, int(place.group(1)), int(dimension))
+        told = f"the graph holds only for {what} = {size}"
     else:
         told = "the graph holds only for " + _SIZE.sub(
             lambda found: _axis(recipe, int(found.group(1)), int(found.group(2))), condition
