@@ -152,31 +152,35 @@ def _aligned(
         if above and row[0].plain != group:
             group = row[0].plain
             out.print(row[0])
-        out.print(line(row))
+        if above == 0 or any(cell.plain for cell in row[above:below]):
+            out.print(line(row))
         _tail(out, row[below:])
 
 
 def _stacked(out: Console, columns: Sequence[str], cells: Sequence[Sequence[Text]], below: int) -> None:
     """Each row as lines of names and values; what is empty is left out."""
+    group = ""
     for row in cells:
-        out.print(row[0])
+        if row[0].plain != group:
+            group = row[0].plain
+            out.print(row[0])
         line = Text()
         for name, cell in zip(columns[1:below], row[1:below], strict=True):
             part = Text(f"{name} ", style="dim").append_text(cell)
             if line and line.cell_len + _GAP + part.cell_len > out.width - _GAP:
-                out.print(Padding(line, (0, 0, 0, _GAP)))
+                out.print(Padding(line, (0, 0, 0, _GAP), expand=False))
                 line = Text()
             if cell.plain:
                 line = Text(" " * _GAP).join([line, part]) if line else part
         if line:
-            out.print(Padding(line, (0, 0, 0, _GAP)))
+            out.print(Padding(line, (0, 0, 0, _GAP), expand=False))
         _tail(out, row[below:])
 
 
 def _tail(out: Console, rest: Sequence[Text]) -> None:
     for cell in rest:
         if cell.plain:
-            out.print(Padding(cell, (0, 0, 0, 2 * _GAP)))
+            out.print(Padding(cell, (0, 0, 0, 2 * _GAP), expand=False))
 
 
 def say(text: str) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline import pictures
+from pipeline import picture_labels, pictures
+from pipeline.picture_labels import Label
 from pipeline.pictures import NARROW, WIDE, Paint, plain
 
 if TYPE_CHECKING:
@@ -86,31 +87,13 @@ def _clipped(value: float, floor: float, ceiling: float) -> float:
 
 
 def _name_worst(axes: Axes, paint: Paint, layers: Sequence[Layer], floor: float, ceiling: float) -> None:
-    """Names below their marks, each one lower than its neighbour's if that is near."""
-    named = [(place, one) for place, one in enumerate(layers, 1) if one.rank is not None and one.rank <= _NAMED]
-    used: list[tuple[float, float]] = []
-    for place, one in sorted(named, key=lambda found: found[1].rank or 0):
+    """The worst by their names, as far as there is room; marks of the others are as good as none."""
+    labels = []
+    for place, one in sorted(enumerate(layers, 1), key=lambda found: found[1].rank or 0):
         value = one.own_db if one.own_db is not None else one.running_db
-        if value is None:
-            continue
-        height = _clipped(value, floor, ceiling)
-        share = (place - 1) / max(len(layers) - 1, 1)
-        side = "left" if share < 0.25 else "right" if share > 0.75 else "center"
-        drop = -13.0
-        while any(abs(share - at) < 0.3 and abs(drop - down) < 12 for at, down in used) and drop > -60:
-            drop -= 12
-        used.append((share, drop))
-        axes.annotate(
-            plain(one.label, 34),
-            (place, height),
-            xytext=(0, drop),
-            textcoords="offset points",
-            ha=side,
-            va="center",
-            color=paint.bad,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": paint.bad, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
-        )
+        if value is not None and one.rank is not None and one.rank <= _NAMED:
+            labels.append(Label(plain(one.label, 34), place, _clipped(value, floor, ceiling), paint.bad))
+    picture_labels.write(axes, labels, (), ())
 
 
 def _words(one: Layer, own: str, running: str) -> str:

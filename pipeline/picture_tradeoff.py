@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline import pictures
+from pipeline import picture_labels, pictures
+from pipeline.picture_labels import Label
 from pipeline.pictures import NARROW, WIDE, Paint, identifier, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
 OVERVIEW = (WIDE, 4.2)
 _FAR = 8.0  # times as slow: a logarithmic scale shows more
-# where a label may stand, in points from its mark: (x, y, horizontal alignment); near ones first
-_PLACES = (
-    *((11, 0, "left"), (-11, 0, "right"), (0, 13, "center"), (0, -13, "center")),
-    *((right, up, side) for up in (11, -11, 22, -22, 33, -33, 44, -44) for right, side in ((9, "left"), (-9, "right"))),
-)
 
 
 @dataclass(frozen=True)
@@ -160,54 +155,21 @@ def _mark(axes: Axes, paint: Paint, point: Point) -> None:
 
 
 def _label(axes: Axes, paint: Paint, points: Sequence[Point], scale: Scale) -> None:
-    """Write each name beside its mark, where nothing is yet; over one of the lines only if it must be."""
-    figure = axes.get_figure()
-    assert figure is not None
-    figure.draw_without_rendering()  # type: ignore[union-attr]  # a figure, since we made it
-    inside = axes.get_window_extent()
-    taken = [text.get_window_extent() for text in axes.texts]
-    taken += [_box(axes, _x(axes, point), point.metric, 7, 7) for point in points]
-    taken += [_across(axes, point, point.spread_ms) for point in points if point.spread_ms is not None]
-    left = axes.get_xlim()[0]
-    lines = [_box(axes, left, height, inside.width, 1) for height in (scale.eager, scale.budget)]
-    for point in points:
-        notes = [_write(axes, paint, point, *place) for place in _PLACES]
-        boxes = [note.get_window_extent() for note in notes]
-        fits = [_within(box, inside) and not any(box.overlaps(other) for other in taken) for box in boxes]
-        clear = [fit and not any(box.overlaps(line) for line in lines) for fit, box in zip(fits, boxes, strict=True)]
-        best = clear.index(True) if any(clear) else fits.index(True) if any(fits) else None
-        for position, note in enumerate(notes):
-            if position != best:
-                note.remove()
-        if best is not None:  # else it has no room, and its title says what it is
-            taken.append(boxes[best])
-
-
-def _write(axes: Axes, paint: Paint, point: Point, right: float, up: float, side: Any) -> Annotation:
-    label = plain(point.label)
-    return axes.annotate(
-        label if point.latency_ms is not None else f"{label} (not timed)",
-        (_x(axes, point), point.metric),
-        xytext=(right, up),
-        textcoords="offset points",
-        ha=side,
-        va="center",
-        color=paint.good if point.chosen else _colour(paint, point),
-        fontweight="bold" if point.chosen else "normal",
-        in_layout=False,
-    )
-
-
-def _within(box: Bbox, outer: Bbox) -> bool:
-    return bool(outer.x0 <= box.x0 and box.x1 <= outer.x1 and outer.y0 <= box.y0 and box.y1 <= outer.y1)
-
-
-def _box(axes: Axes, x: float, y: float, right: float, up: float) -> Bbox:
-    """A box around a place, in pixels; `right` and `up` are half of its sides."""
-    from matplotlib.transforms import Bbox
-
-    column, line = (float(at) for at in axes.transData.transform((x, y)))
-    return Bbox.from_extents(column - right, line - up, column + right, line + up)
+    """Each name beside its mark, off the bars that show quartiles, and off the two lines if there is room."""
+    labels = [
+        Label(
+            text=plain(point.label) if point.latency_ms is not None else f"{plain(point.label)} (not timed)",
+            x=_x(axes, point),
+            y=point.metric,
+            colour=paint.good if point.chosen else _colour(paint, point),
+            bold=point.chosen,
+        )
+        for point in points
+    ]
+    bars = [_across(axes, point, point.spread_ms) for point in points if point.spread_ms is not None]
+    left, width = axes.get_xlim()[0], axes.get_window_extent().width
+    lines = [picture_labels.box(axes, left, height, width, 1) for height in (scale.eager, scale.budget)]
+    picture_labels.write(axes, labels, bars, lines)
 
 
 def _across(axes: Axes, point: Point, ends: tuple[float, float]) -> Bbox:

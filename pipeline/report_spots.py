@@ -70,9 +70,19 @@ def of(format_: Any) -> Any:
     """A filter for templates: a spot in, the number's text and place out."""
 
     def filtered(spot: Spot, *words: Any) -> Markup:
-        return shown(spot, "" if spot.raw is None else format_(spot.as_number, *words))
+        if spot.raw is None:
+            return shown(spot, "")
+        value = spot.as_number
+        return shown(
+            spot, format_(value, *words) if math.isfinite(value) or format_ in (decibels, bare) else odd(value)
+        )
 
     return filtered
+
+
+def odd(value: float) -> str:
+    """What isn't a number that one can write with digits."""
+    return "not a number" if math.isnan(value) else "infinite" if value > 0 else f"{MINUS}infinite"
 
 
 def size(value: float) -> str:
@@ -113,8 +123,6 @@ def times(value: float) -> str:
 
 def percent(value: float) -> str:
     """A share."""
-    if not math.isfinite(value):
-        return "all of it, and more"
     if value > 10:
         return "over 1000%"
     few = 0 < value < 0.001
@@ -123,12 +131,12 @@ def percent(value: float) -> str:
 
 def fixed(value: float, places: int = 4) -> str:
     """A number with so many digits after the point."""
-    return f"{value:.{places}f}" if math.isfinite(value) else str(value)
+    return f"{value:.{places}f}" if math.isfinite(value) else odd(value)
 
 
 def signed(value: float, places: int = 4) -> str:
     """A difference, with its sign."""
-    return f"{value:+.{places}f}".replace("-", MINUS) if math.isfinite(value) else str(value)
+    return f"{value:+.{places}f}".replace("-", MINUS) if math.isfinite(value) else odd(value)
 
 
 def digits(value: float) -> str:
@@ -136,7 +144,7 @@ def digits(value: float) -> str:
     if value and 1e-4 <= abs(value) < 1e6:
         shown_ = f"{value:.3g}"
         return f"{value:.0f}" if "e" in shown_ else shown_.replace("-", MINUS)
-    return f"{value:.3g}".replace("-", MINUS) if math.isfinite(value) else str(value)
+    return f"{value:.3g}".replace("-", MINUS)
 
 
 def whole(value: float) -> str:

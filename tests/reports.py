@@ -84,7 +84,7 @@ def reads_as(text: str, value: float) -> bool:
     if text in words:
         return value == words[text] or (math.isnan(value) and text == "broken")
     if not math.isfinite(value):
-        return text in (str(value), "all of it, and more")
+        return text == ("not a number" if math.isnan(value) else "infinite" if value > 0 else "\N{MINUS SIGN}infinite")
     if text == "under 0.1%":
         return 0 < value < 0.001
     if text == "over 1000%":

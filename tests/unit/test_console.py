@@ -88,3 +88,16 @@ def test_a_table_that_ends_in_a_number(printed):
 def test_a_table_of_one_column_and_of_none(printed):
     assert "a long cell" in " ".join(printed(8, ["only"], [["a long cell"]], []))
     assert printed(80, ["only"], [], []) == []
+
+
+def test_rows_of_one_name_have_it_once(printed):
+    rows = [["a-long-name", "1", "why it is so"], ["a-long-name", "2", ""], ["other", "", "not there"]]
+    assert printed(16, ["name", "first number", "why"], rows, ["first number"]) == [
+        "  first number",
+        "a-long-name",
+        "             1",
+        "    why it is so",
+        "             2",
+        "other",
+        "    not there",
+    ]
