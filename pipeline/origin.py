@@ -113,6 +113,12 @@ def module_of_call(node: Node) -> str:
     return path.removeprefix("model").removeprefix(".") if path.startswith("model") else path
 
 
+def line_of_call(node: Node) -> str:
+    """``file:line`` of the innermost line of the user's own code that calls the operator; ``""`` if unknown."""
+    mine = _users(_LINE.findall(node.meta.get("stack_trace") or ""))
+    return f"{mine[-1][0]}:{mine[-1][1]}" if mine else ""
+
+
 def _of_call(node: Node) -> str:
     module, lines = module_of_call(node), _LINE.findall(node.meta.get("stack_trace") or "")
     mine = _users(lines) or lines
