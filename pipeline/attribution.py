@@ -7,6 +7,7 @@ operator that none of this finds (a change of layout, as a rule) stays without a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pipeline.origin import SCOPES, line_of, module_of
 from pipeline.types import OperatorTime, ProfileRow
 
 _HANDS_ON = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Cast", "Identity"})
+_SUFFIX = re.compile(r"_nchwc$|_token_\d+$")  # what ONNX Runtime adds to the name of what it makes anew
 # what runtimes put before the name of an operator that they run in another layout, in integers or with others
 _PREFIXES = ("Nhwc", "QLinear", "Fused", "Quick", "Skip", "Dynamic")
 
@@ -80,7 +82,7 @@ class _Seeker:
 
     def _by_results(self, operator: OperatorTime) -> Iterator[onnx.NodeProto]:
         """By the tensor made; of a fused operator that is the last one's, and the work was done before it."""
-        for name in operator.makes:
+        for name in (*operator.makes, _SUFFIX.sub("", operator.name)):
             last = self.graph.makers.get(name, self.nodes.get(name))
             if last is None:
                 continue

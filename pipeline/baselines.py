@@ -101,7 +101,7 @@ def started(
         begun = time.perf_counter()
         if name in MODES:
             assert model is not None
-            yield stack.enter_context(_compiled(name, recipe, model, program, feeds, threads))
+            yield stack.enter_context(_compiled(name, recipe, model, program, feeds, threads, folder))
             return
         if name == EAGER:
             run = stack.enter_context(reference.eager(program, threads))
@@ -117,15 +117,23 @@ def started(
 
 @contextlib.contextmanager
 def _compiled(
-    name: str, recipe: Recipe, model: torch.nn.Module, program: Stored, feeds: Sequence[Any], threads: int
+    name: str,
+    recipe: Recipe,
+    model: torch.nn.Module,
+    program: Stored,
+    feeds: Sequence[Any],
+    threads: int,
+    folder: Path,
 ) -> Iterator[Started]:
-    from torch._inductor.utils import fresh_cache
+    with programs.quiet():  # also while it is imported
+        from torch._inductor.utils import fresh_cache
 
     settings = dict(MODES[name])
     signature = program.signature()
-    with programs.threads(threads), fresh_cache():
-        options = torch._inductor.list_mode_options(str(settings.pop("mode"))) | settings | {"cpp.threads": threads}
-        call = torch.compile(_own(model, name), options=options)
+    with programs.threads(threads), fresh_cache(dir=str(folder)):
+        with programs.quiet():
+            options = torch._inductor.list_mode_options(str(settings.pop("mode"))) | settings | {"cpp.threads": threads}
+            call = torch.compile(_own(model, name), options=options)
 
         def marked(*tensors: torch.Tensor) -> Any:
             following.mark(recipe, tensors)
@@ -133,19 +141,26 @@ def _compiled(
 
         graphs = _graphs()
         begun = time.perf_counter()
+        failure: Exception | None = None
         with programs.quiet(), following.listening() as trail:
-            for one in feeds:
-                programs.runner(marked, signature)(one)
-        took = WarmUp(
-            runner=name,
-            threads=threads,
-            build_s=0,
-            first_s=time.perf_counter() - begun,
-            graphs=_graphs() - graphs,
-            graph_breaks=len(trail.breaks),
-            recompilations=len(trail.again),
-        )
-        yield Started(programs.runner(call, signature), took)
+            try:
+                for one in feeds:
+                    programs.runner(marked, signature)(one)
+            except Exception as error:  # raised below: where one ends `fresh_cache`, that logs a warning
+                failure = error
+        if failure is None:
+            took = WarmUp(
+                runner=name,
+                threads=threads,
+                build_s=0,
+                first_s=time.perf_counter() - begun,
+                graphs=_graphs() - graphs,
+                graph_breaks=len(trail.breaks),
+                recompilations=len(trail.again),
+            )
+            yield Started(programs.runner(call, signature), took)
+    if failure is not None:
+        raise failure
 
 
 def _graphs() -> int:
