@@ -26,6 +26,7 @@ from pipeline.commands import (
     serving,
     shelving,
     stress,
+    tolerance,
 )
 from pipeline.errors import ExportyardError, UsageError
 
@@ -64,6 +65,7 @@ for _command in (
     checking.quantize,
     explaining.explain,
     stress.stress,
+    tolerance.tolerance,
     profile.profile,
     bench.bench,
     releasing.publish,

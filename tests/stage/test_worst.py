@@ -2,6 +2,7 @@
 
 import json
 import math
+import tomllib
 
 import numpy as np
 import pytest
@@ -124,3 +125,29 @@ def test_a_wrong_option_is_named(yard, capsys, options, code, said):
     found, told = invoke(capsys, "stress", "tiny", "-C", yard, *options)
     assert found == code
     assert said in told.err
+
+
+def test_tolerances_are_proposed_that_the_engines_hold(yard, capsys):
+    code, said = invoke(capsys, "tolerance", "tiny", "--target", "any-onnxruntime", "-C", yard)
+    assert code == 0
+    table = said.out[said.out.index("# 4 times") :]
+    found = tomllib.loads(table)["tolerance"]["outputs"]["logits"]
+    assert found.keys() == {"fp32", "int8-u8u8"}
+    assert found["fp32"]["max_over_peak"] < 1e-5
+    recipe = yard / "recipes/tiny/recipe.toml"
+    recipe.write_text(recipe.read_text() + "\n" + table)
+    code, said = invoke(capsys, "tolerance", "tiny", "--target", "any-onnxruntime", "-C", yard, "--json")
+    told = {(one["scheme"], one["measure"]): one for one in json.loads(said.out)["bounds"]}
+    assert code == 0
+    fp32 = told["fp32", "max_over_peak"]
+    assert fp32["source"] == "[tolerance.outputs.logits]"
+    assert fp32["in_force"] == {"any-onnxruntime": found["fp32"]["max_over_peak"]}
+    assert fp32["proposed"] == found["fp32"]["max_over_peak"]
+
+
+def test_an_engine_that_fails_proposes_nothing(yard, capsys):
+    rows = yard / "targets/targets.toml"
+    rows.write_text(rows.read_text().replace("reference = true", "reference = false"))
+    code, said = invoke(capsys, "tolerance", "tiny", "--target", "any-echo", "-C", yard)
+    assert code == 10
+    assert "any-echo fp32 fails" in said.err

@@ -17,6 +17,7 @@ SURFACE = {
     "export": {"--checkpoint", "--target", "-t", "--jobs", "-j", "-C", "--json"},
     "parity": {"--target", "-t", "-C", "--json"},
     "stress": {"--target", "-t", "--scheme", "--seconds", "--seed", "--keep", "-C", "--json"},
+    "tolerance": {"--target", "-t", "--margin", "-C", "--json"},
     "profile": {"--target", "-t", "--by", "--depth", "--scheme", "-C", "--json"},
     "bench": {"--target", "-t", "--threads", "--seconds", "--baseline", "--pin", "--all", "-C", "--json"},
     "quantize": {"--target", "-t", "--explain", "-C", "--json"},
