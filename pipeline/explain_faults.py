@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def of(step: Step, engine: Operators, reference: Operators) -> Fault:
     if found is not None:
         return found
     main = principal(step, reference.graph)
-    return Fault(main, *_by_numbers(step))
+    return Fault(main, *by_numbers(step))
 
 
 def principal(step: Step, reference: Graph) -> onnx.NodeProto:
@@ -111,7 +112,7 @@ def _found(step: Step, nodes: Sequence[onnx.NodeProto], engine: Operators, refer
     """The faults that can be pointed at, the surest first."""
     yield from _dropped(step, nodes, reference)
     for runs in step.runs:
-        yield from _constants(runs, nodes, engine, reference)
+        yield from _constants(step, runs, nodes, engine, reference)
     for runs in step.runs:
         yield from _attributes(runs, nodes, reference)
     yield from _left_out(step, reference)
@@ -130,7 +131,7 @@ def _dropped(step: Step, nodes: Sequence[onnx.NodeProto], reference: Operators) 
 
 
 def _constants(
-    runs: onnx.NodeProto, nodes: Sequence[onnx.NodeProto], engine: Operators, reference: Operators
+    step: Step, runs: onnx.NodeProto, nodes: Sequence[onnx.NodeProto], engine: Operators, reference: Operators
 ) -> Iterator[Fault]:
     roles = _ROLES.get(runs.op_type, ())
     main = next((node for node in nodes if explain_pairs.alike(runs, node)), None)
@@ -143,7 +144,8 @@ def _constants(
             wanted = _among(role, nodes, reference)
         else:
             wanted = _wanted(runs, role, name, main, reference)
-        if wanted is None or any(_same(value, one, role) for one in wanted[1]):
+        same = np.array_equal if wanted is not None and wanted[0] == name else partial(_same, role)
+        if wanted is None or any(same(value, one) for one in wanted[1]):
             continue
         holder = next((node for node in nodes if wanted[0] in node.input), None) or main
         if holder is None:
@@ -151,6 +153,9 @@ def _constants(
         if holder.op_type in _CONVERSIONS:
             holder = main or _source(reference.graph, holder)
         kind = _constant_kind(role, value, wanted[1][0])
+        if kind == "scale" and value.size == wanted[1][0].size == 1 and value.item() < wanted[1][0].item():
+            kind = by_numbers(step)[0] if step.made is not None else kind
+            kind = kind if kind == "range saturates" else "scale"
         yield Fault(holder, kind, f"constant `{wanted[0]}` has other values")
 
 
@@ -182,7 +187,8 @@ def _among(role: str, nodes: Sequence[onnx.NodeProto], reference: Operators) -> 
     return (names[0], found) if found and len(found) == len(names) else None
 
 
-def _same(value: Array, wanted: Array, role: str) -> bool:
+def _same(role: str, value: Array, wanted: Array) -> bool:
+    """Whether two constants of different names hold the same, however laid out."""
     if value.shape == wanted.shape and np.array_equal(value, wanted):
         return True
     if value.size == wanted.size and value.ndim <= 1 >= wanted.ndim:
@@ -278,8 +284,8 @@ def _plain(value: object) -> object:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _by_numbers(step: Step) -> tuple[str, str]:
-    """What the tensor itself says."""
+def by_numbers(step: Step) -> tuple[str, str]:
+    """What the tensor itself says is wrong with it: a kind, and a clause."""
     made, wanted = step.made, step.wanted
     if made is None:
         return "layout", "its shape is another one, or it can't run at all"
@@ -292,7 +298,7 @@ def _by_numbers(step: Step) -> tuple[str, str]:
             ).any() else "not finite", f"{lost:,} of {made.size:,} are not finite"
         return "operator differs", ""
     ends = np.iinfo(made.dtype)
-    at_end = [int(np.count_nonzero((one == ends.min) | (one == ends.max))) for one in (made, wanted)]
-    if at_end[0] > at_end[1] and at_end[0] > np.count_nonzero(made != wanted) / 2:
-        return "range saturates", f"{at_end[0] - at_end[1]:,} of {made.size:,} values more are at the end of the range"
+    more = int(np.count_nonzero(((made == ends.min) | (made == ends.max)) & (made != wanted)))
+    if more:
+        return "range saturates", f"{more:,} of {made.size:,} values have come to an end of the range"
     return "operator differs", ""

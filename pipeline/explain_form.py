@@ -266,7 +266,7 @@ def _fault(step: Step, numbers: Format) -> Fault:
     if quantizer is not None and not step.nodes:
         return _range_fault(step, quantizer, main, numbers)
     if step.made is not None and np.count_nonzero(~np.isfinite(step.made) & np.isfinite(step.wanted)):
-        return explain_faults.of(step, numbers.form, numbers.fp32)
+        return Fault(main, *explain_faults.by_numbers(step))
     for run in step.runs:
         found = _constant_fault(run, step, main, numbers) if run.op_type == _DEQUANTIZE else None
         if found is not None:

@@ -45,6 +45,7 @@ class Step:
         made: the tensor as the engine makes it of the reference's inputs, in the reference's layout.
         wanted: the reference's.
         inputs: of `nodes`, what the reference has, constants left out; for the feed that is judged.
+        blind: the engine's numbers can't hold what is read, so that nothing can be said of what is made of it.
     """
 
     view: View
@@ -60,11 +61,12 @@ class Step:
     made: Array | None
     wanted: Array
     inputs: Mapping[str, Array]
+    blind: bool = False
 
     @property
     def departs(self) -> bool:
         """Whether more is wrong than rounding explains."""
-        return not self.own >= self.allowed
+        return not self.blind and not self.own >= self.allowed
 
 
 @dataclass
@@ -115,6 +117,7 @@ class Walk:
     _values: list[dict[str, Array]] = field(default_factory=list)
     _tensors: dict[str, _Tensor] = field(default_factory=dict)
     _known: dict[str, float] = field(default_factory=dict)
+    _blind: set[str] = field(default_factory=set)
 
     def steps(self) -> Iterator[Step]:
         """Every tensor that could be compared, in the engine's order."""
@@ -162,6 +165,8 @@ class Walk:
                     _cast(step.view.of(values[step.view.name]), one)
                     for values, one in zip(self._values, tensor.right, strict=True)
                 ]
+                if any(_beyond(values[step.view.name], tensor.right) for values in self._values):
+                    self._blind.add(step.view.name)
                 self._known[step.view.name] = min(step.after, self._known.get(step.view.name, math.inf))
                 yield step
             if tensor.view is None and inputs:
@@ -281,6 +286,7 @@ class Walk:
             made=made,
             wanted=wanted,
             inputs={name: self._values[place][name] for name in used},
+            blind=bool(self._blind & read),
         )
 
     def _reads(self, read: set[str], name: str) -> bool:
@@ -356,6 +362,15 @@ def _distance(view: View, wanted: Array, made: Array | None) -> float:
 
 def _kind(value: Array) -> str:
     return "float" if np.issubdtype(value.dtype, np.floating) else "whole"
+
+
+def _beyond(value: Array, made: Sequence[Array | None]) -> bool:
+    """Whether `value` of the reference is too large for the numbers of what was `made` for it."""
+    kinds = {one.dtype for one in made if one is not None and _kind(one) == "float"}
+    if _kind(value) != "float" or not kinds:
+        return False
+    largest = np.abs(value[np.isfinite(value)]).max(initial=0)
+    return any(largest > np.finfo(kind).max for kind in kinds)
 
 
 def _cast(value: Array, like: Array | None) -> Array:

@@ -149,6 +149,8 @@ def alike(runs: onnx.NodeProto, node: onnx.NodeProto) -> bool:
     family = FAMILY.get(runs.op_type)
     if family is not None:
         return FAMILY.get(node.op_type) == family
+    if runs.op_type == "Upsample":  # the blocked form of a Resize
+        return node.op_type == "Resize"
     return node.op_type in runs.op_type or (node.op_type.endswith("Pool") and runs.op_type.endswith("Pool"))
 
 

@@ -43,7 +43,9 @@ class Model:
 
     Attributes:
         engine: artifact, or None for `file`, an engine that came from elsewhere.
-        form: what the engine was built from: a graph, or a program.
+        form: what the engine is compared with: a graph, or a program.
+        source: what it was built from, where that is another one: the program, where there is a graph to compare with.
+        tuning: the folder with the schedules that it was built with, if it was tuned.
         graph: in fp32; None for a model that has none.
         program: as captured.
         statistics: of calibration, for static INT8.
@@ -57,6 +59,8 @@ class Model:
     data: Stored
     statistics: Stored | None = None
     file: Path | None = None
+    source: Stored | None = None
+    tuning: Path | None = None
 
 
 def explanation(
@@ -177,7 +181,8 @@ def _cut(
     if find_spec("pipeline.cutting") is None or model.engine is None:
         return (), why
     cutting = importlib.import_module("pipeline.cutting")
-    found: Silent = cutting.departures(recipe, model.form, model.engine, target, scheme, feeds, report)
+    source = model.source or model.form
+    found: Silent = cutting.departures(recipe, source, model.engine, target, scheme, feeds, report, tuning=model.tuning)
     return found
 
 

@@ -345,7 +345,7 @@ def wrong_pooling(engine: onnx.ModelProto, form: onnx.ModelProto) -> set[str]:
     """Of a Resize, the mode; of a pooling, the average for the largest; of a mean, the sum."""
     made = {name: one for one in form.graph.node for name in one.output}
     for node in engine.graph.node:
-        if node.op_type == "Resize":
+        if node.op_type in ("Resize", "Upsample"):
             for entry in node.attribute:
                 if entry.name == "mode":
                     entry.s = b"linear" if entry.s == b"nearest" else b"nearest"
@@ -364,6 +364,109 @@ def wrong_pooling(engine: onnx.ModelProto, form: onnx.ModelProto) -> set[str]:
     return {made[node.output[0]].name}
 
 
+# --- in numeric forms ----------------------------------------------------------------------------------------------
+
+
+def _observed(form: onnx.ModelProto, fp32: onnx.ModelProto) -> tuple[str, set[str]]:
+    """The name of an activation that the form quantises, and the nodes of fp32 that make it (or read it, an input)."""
+    makers = {name: node for node in fp32.graph.node for name in node.output}
+    pairs = [
+        node.input[1].removesuffix(":scale")
+        for node in form.graph.node
+        if node.op_type == "QuantizeLinear" and ":smooth" not in node.input[1]
+    ]
+    names = [name for name in dict.fromkeys(pairs) if name in makers]
+    if not names:
+        raise Unplanted
+    name = names[len(names) // 2]
+    return name, {makers[name].name}
+
+
+def form_saturates(form: onnx.ModelProto, fp32: onnx.ModelProto) -> set[str]:
+    """The range of an activation ends at an eighth of what calibration saw."""
+    name, found = _observed(form, fp32)
+    tensor = values(form)[f"{name}:scale"]
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) / np.float32(8), tensor.name))
+    return found
+
+
+def form_zero_point(form: onnx.ModelProto, fp32: onnx.ModelProto) -> set[str]:
+    """The zero point of an activation lies a quarter of the range too high."""
+    name, found = _observed(form, fp32)
+    tensor = values(form)[f"{name}:zero"]
+    value = numpy_helper.to_array(tensor)
+    moved = value.astype(int) + 64 if value.astype(int) < 64 else value.astype(int) - 64
+    tensor.CopyFrom(numpy_helper.from_array(np.array(moved, value.dtype), tensor.name))
+    return found
+
+
+def form_weight_scale(form: onnx.ModelProto, fp32: onnx.ModelProto) -> set[str]:
+    """The scale of a weight is twice what it should be."""
+    read = {name: node for node in fp32.graph.node for name in node.input}
+    found = [
+        node
+        for node in form.graph.node
+        if node.op_type == "DequantizeLinear" and node.output[0].removesuffix(":dequantized") in values(fp32)
+    ]
+    node = middle([one for one in found if len(values(form)[one.input[0]].dims) > 1])
+    private(form, node, 1, numpy_helper.to_array(values(form)[node.input[1]]) * np.float32(2))
+    return {read[node.output[0].removesuffix(":dequantized")].name}
+
+
+def overflow(fp32: onnx.ModelProto) -> set[str]:
+    """Make an activation of the fp32 graph larger than float16 holds, and the weights that read it smaller by as much.
+
+    In float32 the model stays the same; the float16 form of it overflows at the first product.
+    """
+    known = values(fp32)
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in fp32.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for node in fp32.graph.node[len(fp32.graph.node) // 5 :]:
+        chain = [node]
+        while True:
+            after = readers.get(chain[-1].output[0], [])
+            if len(after) != 1:
+                break
+            chain.append(after[0])
+            if after[0].op_type in ("Conv", "MatMul", "Gemm") and after[0].input[1] in known:
+                break
+        weights = node.op_type in ("Conv", "MatMul") and node.input[1] in known
+        passing = ("Relu", "MaxPool", "Reshape", "Transpose", "Flatten", "Add", "MatMul")
+        whole = all(one.op_type in passing for one in chain[1:-1])
+        ends = chain[-1].op_type in ("Conv", "MatMul", "Gemm") and chain[-1].input[1] in known
+        linear = (
+            all(
+                one.input[0] in known or one.input[1] in known
+                for one in chain[1:-1]
+                if one.op_type in ("Add", "MatMul")
+            )
+            or node.op_type == "MatMul"
+        )
+        if len(chain) < 2 or not (weights and whole and ends and linear):
+            continue
+        largest = float(np.abs(numpy_helper.to_array(known[node.input[1]])).max())
+        power = np.float32(2.0 ** np.floor(np.log2(60000 / largest)))
+        adds = [one for one in chain[1:-1] if one.op_type == "Add"]
+        biases = [node.input[2]] if len(node.input) > 2 else []
+        biases += [name for one in adds for name in one.input if name in known]
+        for name, factor in [
+            (node.input[1], power),
+            *((one, power) for one in biases),
+            (chain[-1].input[1], 1 / power),
+        ]:
+            value = numpy_helper.to_array(known[name])
+            known[name].CopyFrom(numpy_helper.from_array((value * factor).astype(np.float32), name))
+        return {node.name}
+    raise Unplanted
+
+
+FORM_PLANTS: dict[str, Plant] = {
+    "saturating range": form_saturates,
+    "wrong zero point": form_zero_point,
+    "scale off by 2": form_weight_scale,
+}
 PLANTS: dict[str, Plant] = {
     "wrong bias": wrong_bias,
     "swapped axis": swapped_axis,
