@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline import backends, compare, reference
 from pipeline import explain_gaps as gaps
-from pipeline.errors import first_line
+from pipeline.errors import UsageError, first_line
 from pipeline.parts import Array, Feeds, Part, Step
 from pipeline.store import Stored
 from pipeline.types import OutputKind, Runner, Scheme, Target
@@ -58,10 +58,17 @@ class Judge:
         self.because = f"the row allows {told}{step} (`{target.name}`, vs_onnx.{scheme})"
 
     def whole(self, model: Stored, engine: Stored, calls: Sequence[Feeds]) -> list[Trial]:
-        """The engine against what it was built from, for each call."""
+        """The engine against what it was built from, for each call; one of sizes that it doesn't serve is no fault."""
         with reference.as_written(model) as run:
             wanted = [run(feeds) for feeds in calls]
-        return self.run(None, engine, calls, wanted, {})
+        found = []
+        with backends.loaded(engine, self.target) as run:
+            for feeds, right in zip(calls, wanted, strict=True):
+                try:
+                    found.append(self._run(None, run, feeds, right, {}))
+                except UsageError:
+                    found.append(Trial(None))
+        return found
 
     def run(
         self,
@@ -71,13 +78,20 @@ class Judge:
         wanted: Sequence[Feeds],
         scales: Mapping[str, Array],
     ) -> list[Trial]:
-        """What `engine` answers to `calls`, against `wanted`, for each; an engine that fails departs."""
+        """What `engine` answers to `calls`, against `wanted`, for each; an engine that fails departs.
+
+        Raises:
+            UsageError: it doesn't take them.
+            BuildError: it can't be loaded.
+        """
         with backends.loaded(engine, self.target) as run:
             return [self._run(part, run, *pair, scales) for pair in zip(calls, wanted, strict=True)]
 
     def _run(self, part: Part | None, run: Runner, feeds: Feeds, right: Feeds, scales: Mapping[str, Array]) -> Trial:
         try:
             found = run(feeds)
+        except UsageError:
+            raise
         except Exception as error:  # a backend's runtime may raise anything
             return Trial(part, (f"fails: {first_line(error)}",), next(iter(right)), -math.inf, -math.inf)
         each = [self._compared(part, name, value, found[name], scales.get(name)) for name, value in right.items()]

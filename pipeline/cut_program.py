@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from pipeline import origin, retrace
 from pipeline import program as programs
 from pipeline.cut_signature import Dims, signature_of, sizes_of
+from pipeline.errors import BuildError, first_line
 from pipeline.parts import Array, Feeds, Part, Role, Step
 from pipeline.store import Key, Stored, make, write_json
 
@@ -133,7 +134,13 @@ class ProgramForm:
         sizes = {name: axis.opt for name, axis in signature.axes.items()}
 
         def work(out: Path) -> Mapping[str, JsonValue]:
-            programs.save(retrace.retraced(module, signature, sizes), out / programs.FILE, out)
+            try:
+                traced = retrace.retraced(module, signature, sizes)
+            except Exception as error:  # whatever the tracer meets
+                raise BuildError(
+                    f"a part of the program can't be traced: {type(error).__name__}: {first_line(error)}"
+                ) from error
+            programs.save(traced, out / programs.FILE, out)
             write_json(out / SIGNATURE, signature.plain())
             return self._stored.artifact.facts
 

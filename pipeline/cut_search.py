@@ -26,6 +26,7 @@ class Search:
         form: what is cut.
         plan: how.
         refused: why the last part that could not be built could not be.
+        stuck: whether what `smallest` returned might be smaller, if smaller parts could be built.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Search:
     ) -> None:
         make_form = GraphForm if GRAPH in model.artifact.files else ProgramForm
         self.form: Form = make_form(model, feeds_list)
-        self.plan, self.refused = Plan(self.form), ""
+        self.plan, self.refused, self.stuck = Plan(self.form), "", False
         self._model, self._judge, self._feeds = model, judge, feeds_list
         self._tuning, self._folder, self._report = tuning, folder, report
         self._again: Trial | None = None
@@ -84,7 +85,11 @@ class Search:
         model, engine = pair
         calls, wanted = self._asked(part, model)
         scales = {name: scale for name in part.makes if (scale := self.form.scale(name)) is not None}
-        return worst(self._judge.run(part, engine, calls, wanted, scales))
+        try:
+            return worst(self._judge.run(part, engine, calls, wanted, scales))
+        except ExportyardError as error:  # it can't be loaded, or asked for these sizes
+            self.refused = first_line(error)
+            return None
 
     def _engine(self, part: Part, what: str) -> tuple[Stored, Stored] | None:
         """The part as a model, and its engine; None where there is none, and `refused` says why."""
@@ -116,6 +121,7 @@ class Search:
                     return None
                 return self._around(places, group) or known
             if half is None:
+                self.stuck = True
                 break
             places, known = half, self.trial(half)
         return known if known is not None or len(places) > 1 else self._departing(places)

@@ -24,6 +24,8 @@ from pipeline.parts import Feeds, Step
 from pipeline.store import Stored
 from pipeline.types import Departure, Recipe, Reporter, Scheme, Target
 
+NAMED = 6  # operators of a group that a suggestion lists
+
 
 def departures(
     recipe: Recipe,
@@ -62,30 +64,23 @@ def departures(
     whole = worst(calls)
     if not whole.departs:
         return (), None
+    asked = feeds_list[next(place for place, one in enumerate(calls) if one is whole)]
     with tempfile.TemporaryDirectory(prefix="exportyard-cutting-") as folder:
-        search = Search(
-            model,
-            judge,
-            [feeds_list[next(place for place, one in enumerate(calls) if one is whole)]],
-            tuning,
-            Path(folder),
-            report,
-        )
-        found = search.smallest(search.plan.core)
-        if found is not None:
-            return (_departure(search, judge, found),), None
-        return _of_the_file(recipe, engine, judge, search, whole)
+        search = Search(model, judge, [asked], tuning, Path(folder), report)
+        try:
+            found = search.smallest(search.plan.core)
+            if found is not None:
+                return (_departure(search, judge, found),), None
+            return _of_the_file(recipe, engine, judge, search, whole)
+        except ExportyardError as error:
+            return (), f"it departs, but can't be built again to find out where: {first_line(error)}"
 
 
 def _of_the_file(
     recipe: Recipe, engine: Stored, judge: Judge, search: Search, whole: Trial
 ) -> tuple[tuple[Departure, ...], str | None]:
     """No part is wrong: either the file is, or it takes the whole."""
-    try:
-        again = search.again()
-    except ExportyardError as error:
-        return (), f"nothing is known of its parts, since it can't be built again: {first_line(error)}"
-    if again.departs:
+    if search.again().departs:
         refused = f" (of those that could be built; the others: {search.refused})" if search.refused else ""
         return (), f"all of it departs whenever it is built, but no part of it does{refused}"
     found = Departure(
@@ -110,7 +105,8 @@ def _departure(search: Search, judge: Judge, found: Trial) -> Departure:
     steps = [one for one in (search.form.steps[place] for place in found.part.steps) if one.role == "core"]
     first = steps[0]
     before, after = search.on_the_way(found)
-    kind = "fused wrongly" if len(steps) > 1 else judge.kind(first, found)
+    one_of = search.stuck and len(steps) > 1
+    kind = judge.kind(first, found) if len(steps) == 1 else "one of several" if one_of else "fused wrongly"
     return Departure(
         level="engine",
         operator=first.operator,
@@ -124,11 +120,12 @@ def _departure(search: Search, judge: Judge, found: Trial) -> Departure:
         allowed=found.allowed,
         because=f"{judge.because}; alone, it has {'; '.join(found.broken)}",
         kind=kind,
-        suggestion=_suggestion(judge.target, judge.scheme, steps),
+        suggestion=_suggestion(judge.target, judge.scheme, steps, search.refused if one_of else None),
     )
 
 
-def _suggestion(target: Target, scheme: Scheme, steps: Sequence[Step]) -> str:
+def _suggestion(target: Target, scheme: Scheme, steps: Sequence[Step], refused: str | None) -> str:
+    """What to do about `steps`; `refused` says why fewer of them could not be built."""
     advice = (
         "leave it in float"
         if scheme.startswith("int8")
@@ -136,7 +133,10 @@ def _suggestion(target: Target, scheme: Scheme, steps: Sequence[Step]) -> str:
     )
     if len(steps) == 1:
         return f"`{target.backend}` compiles this operator to something else: {advice}, and tell its authors"
-    told = ", ".join(f"{step.operator} `{step.name}`" for step in steps)
+    told = ", ".join(f"{step.operator} `{step.name}`" for step in steps[:NAMED])
+    told += f" and {len(steps) - NAMED} more" if len(steps) > NAMED else ""
+    if refused is not None:
+        return f"it is one of {len(steps)} operators ({told}), of which no part can be built alone: {refused}"
     return (
         f"`{target.backend}` compiles these {len(steps)} operators to something else only when they stand together,"
         f" which fuses them: {told}; {advice}, and tell its authors"

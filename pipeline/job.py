@@ -569,6 +569,8 @@ class Job:
             data=self.data().stored,
             statistics=self.statistics().stored if static else None,
             file=file,
+            source=self._source(target, scheme).stored,
+            tuning=self.tuning(target, scheme).stored.path if self.tunes(target) else None,
         )
 
     def explanation_report(self, target: Target, scheme: Scheme) -> Explanation:
