@@ -75,7 +75,7 @@ def _show_target(verdict: Verdict, report: ProfileReport | None, scheme: str | N
     name = verdict.target.name
     if report is None:
         why = "its backend has no profiler" if verdict.latency is not None else f"{verdict.status}: {verdict.reason}"
-        console.say(f"[yellow]not profiled[/] {name}: {escape(why)}")
+        console.say(f"[yellow]not profiled[/] {name}: {escape(why)}{_graph_breaks(verdict)}")
         return
     profiles = {one.scheme: one for one in report.profiles}
     wanted = scheme or verdict.scheme or report.profiles[0].scheme
@@ -90,6 +90,12 @@ def _show_target(verdict: Verdict, report: ProfileReport | None, scheme: str | N
     _table(columns, rows, columns[1:])
     columns, rows = slowest_rows(chosen)
     _table(columns, rows, columns[4:])
+
+
+def _graph_breaks(verdict: Verdict) -> str:
+    """What an engine that was built from a program knows of its graph."""
+    count = verdict.engine.artifact.facts.get("graph_breaks") if verdict.engine is not None else None
+    return f"; {_count(count, 'graph break')} in its program" if isinstance(count, int) else ""
 
 
 def headline(name: str, profile: Profile) -> str:

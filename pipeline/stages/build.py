@@ -16,6 +16,7 @@ from pipeline.store import Stored, write_json
 from pipeline.types import Scheme, Target
 
 SIGNATURE = "signature.json"
+GRAPH_BREAKS = "graph_breaks"  # fact of an engine that was built from a program
 
 
 def build(
@@ -49,9 +50,13 @@ def build(
     if not found and getattr(backend, "static_only", False) and buckets.dynamic(model.signature()):
         axes = ", ".join(f"`{name}`" for name in buckets.dynamic(model.signature()))
         raise buckets.needed(target, f"builds models of fixed sizes only, and {axes} may vary")
-    if found:
-        return _buckets(model, target, scheme, found, out, tuning)
-    return _engine(model, target, scheme, out, tuning)
+    facts = (
+        _buckets(model, target, scheme, found, out, tuning) if found else _engine(model, target, scheme, out, tuning)
+    )
+    if backend.source(target) == "program":
+        # a program is one graph, since capture refuses a model that breaks; a backend that breaks it itself has counted
+        return {GRAPH_BREAKS: 0, **facts}
+    return facts
 
 
 def _engine(model: Stored, target: Target, scheme: Scheme, out: Path, tuning: Path | None) -> Mapping[str, JsonValue]:
