@@ -27,6 +27,7 @@ from pipeline import (
     store,
     tags,
     trust,
+    vectors,
 )
 from pipeline.errors import ReleaseError
 from pipeline.job import STATIC_SCHEMES, Job
@@ -298,7 +299,7 @@ def steps(job: Job, chosen: Sequence[Chosen]) -> list[Step]:
         found.append(_step(job, step, [_out(name, "program"), _out(name, "data"), *_sources(job, *metric)]))
     built = [target for target in job.targets if any(step.startswith(f"engine/{target.name}/") for step in job.made)]
     for target in built:
-        found += _target_steps(job, target, _sources(job, *metric, *feeds))
+        found += _target_steps(job, target, [*_sources(job, *metric, *feeds), *_vectors(job)])
     evidence = [
         _out(name, f"{kind}/{item.built_for or item.target.name}")
         for item in chosen
@@ -351,6 +352,11 @@ def _out(recipe: str, step: str) -> str:
 
 def _sources(job: Job, *sources: str | None) -> list[str]:
     return [path.relative_to(job.recipe.root).as_posix() for path in recipes.code_files(job.recipe, *sources)]
+
+
+def _vectors(job: Job) -> list[str]:
+    """Kept inputs, relative to the workspace."""
+    return [path.relative_to(job.recipe.root).as_posix() for path in vectors.files(job.recipe)]
 
 
 def _files(job: Job, *names: str | None) -> list[str]:

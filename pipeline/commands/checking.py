@@ -25,6 +25,9 @@ def parity(recipe: RecipeName, target: Targets = None, root: Folder = HERE, as_j
             for name, found in reports:
                 for reason in found.reasons:
                     console.say(f"[red]failed[/] {name} {found.scheme}: {escape(reason)}")
+                for check in found.stress:
+                    if check.verdict == "noted":
+                        console.say(f"[yellow]noted[/] {name} {found.scheme}: `{check.name}`: {escape(check.why)}")
             for verdict in verdicts:
                 if not verdict.candidates:
                     console.say(f"[yellow]{verdict.status}[/] {verdict.target.name}: {escape(verdict.reason)}")

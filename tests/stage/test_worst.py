@@ -7,7 +7,7 @@ import tomllib
 import numpy as np
 import pytest
 
-from pipeline import cli, run, stress_subject, vectors, worst
+from pipeline import cli, release, run, stress_subject, vectors, worst
 from pipeline.types import no_report
 from pipeline.workspace import Workspace
 from tests import workspaces
@@ -101,6 +101,8 @@ def test_what_is_found_is_kept_and_looked_at_ever_after(yard, capsys):
     report = job.parity_report(job.targets[0], "fp32")
     kept = {one.name: one.verdict for one in report.stress if one.name.startswith("vector")}
     assert kept == {f"vector:{found['kept'].rpartition('/')[2]}": "passed"}
+    stages = {step.name: step.deps for step in release.steps(job, [])}
+    assert found["kept"] in next(deps for name, deps in stages.items() if "parity" in name)
     # the same search finds nothing that is worse than what it has kept, unless it gets further
     code, said = invoke(capsys, *words, "--no-keep")
     again = json.loads(said.out)
