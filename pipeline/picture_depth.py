@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 SIZE = (WIDE, 3.0)
 FEW = 16  # operators; a picture as wide as a phone has room for them
-_NAMED = 4  # of the worst, by their module
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,13 @@ class Layer:
     """An operator: SQNRs of its output in dB, an infinity where nothing differs; `running` with all errors before it.
 
     Attributes:
-        rank: 1 is the worst one, which is named.
+        tag: written beside its mark; earlier ones come first where there isn't room for all.
     """
 
     label: str
     own_db: float | None
     running_db: float | None = None
-    rank: int | None = None
+    tag: str | None = None
 
 
 def depth(layers: Sequence[Layer], *, name: str, own: str, running: str = "") -> str:
@@ -62,7 +61,7 @@ def _draw(axes: Axes, paint: Paint, *, layers: Sequence[Layer], own: str, runnin
     marks = _curve(axes, [one.own_db for one in layers], (floor, ceiling), own, paint.one)
     for place, mark in marks.items():
         mark.set_gid(f"layer-{place - 1}")
-    _name_worst(axes, paint, layers, floor, ceiling)
+    _write_tags(axes, paint, layers, floor, ceiling)
     if running:
         axes.legend(loc="upper right", frameon=False, labelcolor="linecolor", ncols=2)
 
@@ -86,14 +85,18 @@ def _clipped(value: float, floor: float, ceiling: float) -> float:
     return min(max(value, floor), ceiling) if not math.isnan(value) else floor
 
 
-def _name_worst(axes: Axes, paint: Paint, layers: Sequence[Layer], floor: float, ceiling: float) -> None:
-    """The worst by their names, as far as there is room; marks of the others are as good as none."""
+def _write_tags(axes: Axes, paint: Paint, layers: Sequence[Layer], floor: float, ceiling: float) -> None:
+    picture_labels.settled(axes)
     labels = []
-    for place, one in sorted(enumerate(layers, 1), key=lambda found: found[1].rank or 0):
+    for place, one in enumerate(layers, 1):
         value = one.own_db if one.own_db is not None else one.running_db
-        if value is not None and one.rank is not None and one.rank <= _NAMED:
-            labels.append(Label(plain(one.label, 34), place, _clipped(value, floor, ceiling), paint.bad))
-    picture_labels.write(axes, labels, (), ())
+        if value is not None and one.tag is not None:
+            labels.append(Label(plain(one.tag, 34), place, _clipped(value, floor, ceiling), paint.bad))
+    curves = [[one.own_db for one in layers], [one.running_db for one in layers]]
+    heights = [[_clipped(value, floor, ceiling) for value in curve if value is not None] for curve in curves]
+    # where some are unknown the marks aren't one unit apart; then a name may lie on the line
+    lines = [found for curve in heights if len(curve) == len(layers) for found in picture_labels.along(axes, curve)]
+    picture_labels.write(axes, labels, (), lines)
 
 
 def _words(one: Layer, own: str, running: str) -> str:

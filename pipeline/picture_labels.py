@@ -22,7 +22,7 @@ PLACES: Sequence[Place] = (
     (-11, 0, "right"),
     (0, 13, "center"),
     (0, -13, "center"),
-    *((right, up, side) for up in (11, -11, 22, -22, 33, -33, 44, -44) for right, side in _SIDES),
+    *((right, up, side) for up in (11, -11, 22, -22, 33, -33, 44, -44, 55, -55, 66, -66) for right, side in _SIDES),
 )
 
 
@@ -37,20 +37,25 @@ class Label:
     bold: bool = False
 
 
+def settled(axes: Axes) -> Axes:
+    """The axes when their place in the picture is decided; before that, nothing in pixels means anything."""
+    figure = axes.get_figure()
+    assert figure is not None
+    figure.draw_without_rendering()  # type: ignore[union-attr]  # a figure, since we made it
+    return axes
+
+
 def write(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox], lines: Sequence[Bbox]) -> None:
     """Write each of `labels` where nothing is yet; over one of `lines` only if it must be.
 
     One that has no room anywhere is left out: the title of its mark says what it is.
 
     Args:
-        axes: with limits that won't change.
+        axes: settled.
         labels: the more important ones first.
         taken: boxes, in pixels, that nothing may lie on.
         lines: likewise, that something may lie on if there is no other room.
     """
-    figure = axes.get_figure()
-    assert figure is not None
-    figure.draw_without_rendering()  # type: ignore[union-attr]  # a figure, since we made it
     inside = axes.get_window_extent()
     full = [*(text.get_window_extent() for text in axes.texts), *taken]
     full += [box(axes, label.x, label.y, 7, 7) for label in labels]
@@ -92,3 +97,15 @@ def box(axes: Axes, x: float, y: float, right: float, up: float) -> Bbox:
 
     column, line = (float(at) for at in axes.transData.transform((x, y)))
     return Bbox.from_extents(column - right, line - up, column + right, line + up)
+
+
+def along(axes: Axes, heights: Sequence[float], first: float = 1.0) -> list[Bbox]:
+    """Small boxes along a curve whose marks are one unit apart, so that names can keep off it."""
+    steps = [place / 5 for place in range(5 * max(len(heights) - 1, 0) + 1)]
+    return [box(axes, first + step, _between(heights, step), 3, 3) for step in steps] if heights else []
+
+
+def _between(heights: Sequence[float], step: float) -> float:
+    left = min(int(step), len(heights) - 1)
+    right = min(left + 1, len(heights) - 1)
+    return heights[left] + (heights[right] - heights[left]) * (step - left)

@@ -156,6 +156,7 @@ def _mark(axes: Axes, paint: Paint, point: Point) -> None:
 
 def _label(axes: Axes, paint: Paint, points: Sequence[Point], scale: Scale) -> None:
     """Each name beside its mark, off the bars that show quartiles, and off the two lines if there is room."""
+    picture_labels.settled(axes)
     labels = [
         Label(
             text=plain(point.label) if point.latency_ms is not None else f"{plain(point.label)} (not timed)",

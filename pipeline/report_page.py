@@ -35,7 +35,7 @@ def page(report: Report) -> str:
     pages.filters |= report_spots.FILTERS
     pages.filters |= {"sizes": report_spots.sizes, "short": report_spots.short, "breakable": report_spots.breakable}
     pages.filters |= {"threads": _threads, "heat": _heat, "histogram": _histogram}
-    pages.globals |= {"maps": maps, "forms": _forms}
+    pages.globals |= {"maps": maps, "common": _common}
     return pages.get_template(TEMPLATES[0]).render(
         data=Spot(report.plain()),
         style=Markup(source("report.css")),  # noqa: S704  ours
@@ -58,9 +58,8 @@ def _heat(spot: Spot) -> str:
     return f"{100 * (1 - min(max(spot.as_number, 0.0), _CLEAN_DB) / _CLEAN_DB):.0f}"
 
 
-def _forms(data: Spot, target: Spot) -> list[Spot]:
-    """The forms of a target, as `tried` has them."""
-    return [one for one in data.tried if one.target.raw == target.raw]
+def _common(operators: Spot) -> str:
+    return report_pictures.common([one.module.raw for one in operators])
 
 
 @dataclass(frozen=True)

@@ -116,14 +116,26 @@ def _forms(report: Report, target: str, timings: Mapping[tuple[str, str], Speed]
 
 
 def _sensitivity(one: Sensitivity) -> Markup:
-    layers = [Layer(found.module or found.node, found.sqnr_db, rank=found.rank) for found in one.operators]
+    numbered = {one.operators[place].rank for place in one.worst}
+    layers = [
+        Layer(found.module or found.node, found.sqnr_db, tag=str(found.rank) if found.rank in numbered else None)
+        for found in one.operators
+    ]
     return _markup(picture_depth.depth(layers, name=f"sensitivity-{one.scheme}", own="in 8 bits by itself"))
 
 
+def common(modules: Sequence[str]) -> str:
+    """What all names of modules begin with, up to a point; so that the rest of them is short enough to be read."""
+    parts = [module.split(".")[:-1] for module in modules if module]
+    shared = next((place for place, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), None)
+    least = min(map(len, parts), default=0) if shared is None else shared
+    return "".join(f"{part}." for part in parts[0][:least]) if parts else ""
+
+
 def _layers(one: Explanation, place: int) -> Markup:
-    ranks = {node: rank for rank, node in enumerate((found.node for found in one.departures), start=1)}
+    tags = {found.node: found.module or found.node for found in one.departures}
     layers = [
-        Layer(found.module or found.node, found.own_db, found.after_db, rank=ranks.get(found.node))
+        Layer(found.module or found.node, found.own_db, found.after_db, tag=tags.get(found.node))
         for found in one.layers
     ]
     running = "in the running model"
