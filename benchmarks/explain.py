@@ -10,7 +10,6 @@ operator of an engine that is right is accused.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import time
@@ -25,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import numpy as np
 import onnx
 
-from pipeline import calibrate, explain_engine, explain_form, half, run, samples, workspace
-from pipeline.explanation import SAMPLES, SEARCH
+from pipeline import calibrate, explain_engine, explain_form, explanation, half, run, workspace
+from pipeline.explanation import SEARCH
 from pipeline.graph import Graph
 from pipeline.job import Job
 from pipeline.stages.quantize import FORMS, STATISTICS
@@ -102,9 +101,8 @@ def _line(row: Row) -> str:
 
 def feeds(job: Job) -> list[dict[str, Any]]:
     """What `exportyard explain` looks at: an evaluation sample, and the least sizes."""
-    drawn = itertools.islice(samples.samples(job.recipe, job.data().stored, "evaluation"), SAMPLES)
-    least = {name: axis.min for name, axis in job.recipe.axes.items()}
-    return [*(dict(one.feeds) for one in drawn), job.answers().feeds(least)]
+    asked = explanation.sizes(job.recipe, None)
+    return [dict(one) for one in explanation.inputs(job.recipe, job.model(job.targets[0], "fp32"), asked)]
 
 
 def graph(job: Job, scheme: Scheme) -> onnx.ModelProto:

@@ -144,6 +144,7 @@ def _constants(
             wanted = _among(role, nodes, reference)
         else:
             wanted = _wanted(runs, role, name, main, reference)
+        value = explain_pairs.resigned(value, wanted[1][0].dtype) if wanted is not None else value
         same = np.array_equal if wanted is not None and wanted[0] == name else partial(_same, role)
         if wanted is None or any(same(value, one) for one in wanted[1]):
             continue

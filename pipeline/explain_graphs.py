@@ -299,6 +299,7 @@ class Walk:
         wanted, made = self._values[place][view.name], tensor.right[place]
         back = None if made is None else view.back(made, wanted)
         own = _distance(view, wanted, made)
+        wanted, back = _without_fill(wanted, back)
         if own == math.inf:
             return own, own, None, 1, back, wanted
         narrow = max((explain_rounding.unit(one.dtype) for one in self._numbers(place, tensor)), default=0.0)
@@ -355,8 +356,21 @@ def _margin(own: float, allowed: float) -> float:
     return own - allowed if math.isfinite(own - allowed) else -math.inf
 
 
+def _without_fill(wanted: Array, made: Array | None) -> tuple[Array, Array | None]:
+    """Both without the numbers that stand for minus infinity in masks, where they agree; beside them nothing counts.
+
+    These are of at least half the largest magnitude that a dtype holds.
+    """
+    if made is None or _kind(wanted) != "float" or _kind(made) != "float":
+        return wanted, made
+    ends = [float(np.finfo(one.dtype).max) / 2 for one in (wanted, made)]
+    fill = (np.abs(wanted) >= ends[0]) & (np.abs(made) >= ends[1]) & (np.sign(wanted) == np.sign(made))
+    return (np.where(fill, 0, wanted), np.where(fill, 0, made)) if fill.any() else (wanted, made)
+
+
 def _distance(view: View, wanted: Array, made: Array | None) -> float:
     back = None if made is None else view.back(made, wanted)
+    wanted, back = _without_fill(wanted, back)
     return -math.inf if back is None else compare.distance(view.name, wanted, back).sqnr_db
 
 
@@ -369,9 +383,15 @@ def _beyond(value: Array, made: Sequence[Array | None]) -> bool:
     kinds = {one.dtype for one in made if one is not None and _kind(one) == "float"}
     if _kind(value) != "float" or not kinds:
         return False
-    largest = np.abs(value[np.isfinite(value)]).max(initial=0)
+    known = np.abs(value[np.isfinite(value)])
+    largest = known[known < float(np.finfo(value.dtype).max) / 2].max(initial=0)
     return any(largest > np.finfo(kind).max for kind in kinds)
 
 
 def _cast(value: Array, like: Array | None) -> Array:
-    return value if like is None or like.dtype == value.dtype else value.astype(like.dtype)
+    if like is None or like.dtype == value.dtype:
+        return value
+    if _kind(like) == "float" and _kind(value) == "float":
+        end = float(np.finfo(like.dtype).max)
+        value = np.where(np.isfinite(value), np.clip(value, -end, end), value)
+    return pairs.resigned(value, like.dtype).astype(like.dtype)

@@ -65,7 +65,14 @@ class View:
             value = value.transpose(np.argsort(self.layout))
         if self.factor is not None:
             value = value / self.factor
-        return value if value.shape == like.shape else None
+        return resigned(value, like.dtype) if value.shape == like.shape else None
+
+
+def resigned(value: Array, dtype: np.dtype[Any]) -> Array:
+    """Signed bytes as unsigned ones, or the other way: ONNX Runtime moves both values and zero points by 128 on x86."""
+    if {value.dtype, dtype} != {np.dtype(np.int8), np.dtype(np.uint8)}:
+        return value
+    return (value.astype(np.int16) + (128 if dtype == np.uint8 else -128)).astype(dtype)
 
 
 def cone(graph: Graph, end: str, stops: Iterable[str]) -> tuple[list[onnx.NodeProto], list[str]]:

@@ -6,20 +6,19 @@ fp32 graph, and the fp32 graph against the program.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
 from pydantic import JsonValue
 
-from pipeline import buckets, calibrate, explain_engine, explain_form, samples, targets
+from pipeline import buckets, calibrate, explain_engine, explain_form, probe, samples, targets
+from pipeline import graph as graphs
 from pipeline.reference import Answers
 from pipeline.stages.quantize import FORMS, STATISTICS
 from pipeline.store import Stored, write_json
@@ -93,9 +92,7 @@ def explain(
 ) -> Explanation:
     """See `explanation`, which writes this down."""
     asked = sizes(recipe, parity)
-    drawn = itertools.islice(samples.samples(recipe, model.data, "evaluation"), SAMPLES)
-    feeds: list[Feeds] = [dict(sample.feeds) for sample in drawn]
-    feeds += [Answers(recipe, model.program, model.data).feeds(one) for one in asked]
+    feeds = inputs(recipe, model, asked)
     found: list[Departure] = []
     silent: list[str] = []
     layers: tuple[Layer, ...] = ()
@@ -125,6 +122,26 @@ def explain(
         compared=compared,
         not_compared="; ".join(silent) or None,
     )
+
+
+def inputs(recipe: Recipe, model: Model, asked: Sequence[Sizes]) -> list[Feeds]:
+    """What the model is asked: the first evaluation sample, and inputs of the sizes `asked`; the same at every call."""
+    drawn = itertools.islice(samples.samples(recipe, model.data, "evaluation"), SAMPLES)
+    found: list[Feeds] = [_bounded(recipe, model, sample.feeds) for sample in drawn]
+    return found + [Answers(recipe, model.program, model.data).feeds(one) for one in asked]
+
+
+def _bounded(recipe: Recipe, model: Model, feeds: Feeds) -> Feeds:
+    """The first rows of a sample: as many as keep all tensors of a call within a segment's memory of `probe`."""
+    first = {spec.shape[0] if spec.shape else None for spec in recipe.inputs}
+    axis = next(iter(first))
+    if model.graph is None or len(first) > 1 or not isinstance(axis, str):
+        return feeds
+    graph = onnx.load(model.graph.file(GRAPH), load_external_data=False)
+    _, held = graphs.infer(graph, {name: one.shape for name, one in feeds.items()})
+    rows = len(next(iter(feeds.values())))
+    kept = max(rows * probe.SEGMENT_BYTES // max(sum(held.values()), 1), recipe.axes[axis].min)
+    return {name: one[:kept] for name, one in feeds.items()}
 
 
 def sizes(recipe: Recipe, parity: ParityReport | None) -> list[Sizes]:
@@ -178,12 +195,12 @@ def _cut(
     report: Reporter,
 ) -> Silent:
     """An engine that doesn't show what is inside: built again in parts."""
-    if find_spec("pipeline.cutting") is None or model.engine is None:
+    if model.engine is None:
         return (), why
-    cutting = importlib.import_module("pipeline.cutting")
+    from pipeline import cutting  # with the backends' compilers, which nothing else here needs
+
     source = model.source or model.form
-    found: Silent = cutting.departures(recipe, source, model.engine, target, scheme, feeds, report, tuning=model.tuning)
-    return found
+    return cutting.departures(recipe, source, model.engine, target, scheme, feeds, report, tuning=model.tuning)
 
 
 def _form(
@@ -216,6 +233,6 @@ def _conversion(recipe: Recipe, model: Model, feeds: Sequence[Feeds]) -> Silent:
     """The fp32 graph against the program."""
     if model.graph is None:
         return (), None
-    explain_program = importlib.import_module("pipeline.explain_program")
-    found: tuple[Departure, ...] = explain_program.departures(recipe, model.program, model.graph, feeds)
-    return found, None
+    from pipeline import explain_program  # with torch, which nothing else here needs
+
+    return explain_program.departures(recipe, model.program, model.graph, feeds), None

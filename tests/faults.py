@@ -274,14 +274,14 @@ def saturating_range(engine: onnx.ModelProto, form: onnx.ModelProto) -> set[str]
 def dropped_mask(engine: onnx.ModelProto, form: onnx.ModelProto) -> set[str]:
     """What is added (a mask before a softmax, a residual) isn't; or an activation is left out."""
     softmax = {name for node in engine.graph.node if node.op_type == "Softmax" for name in node.input}
-    masks = [node for node in engine.graph.node if node.op_type == "Add" and set(node.output) & softmax]
+    masks = [node for node in engine.graph.node if node.op_type in ("Add", "Where") and set(node.output) & softmax]
     if masks:
         node = middle(masks)
         name = node.output[0]
         for reader in engine.graph.node:
             for place, read in enumerate(reader.input):
                 if read == name:
-                    reader.input[place] = node.input[0]
+                    reader.input[place] = node.input[node.op_type == "Where"]
         engine.graph.node.remove(node)
         return {one.name for one in form.graph.node if name in one.output}
     sums = [node for node in engine.graph.node if node.op_type == "Conv" and len(node.input) == 4]
@@ -446,11 +446,12 @@ def overflow(fp32: onnx.ModelProto) -> set[str]:
         )
         if len(chain) < 2 or not (weights and whole and ends and linear):
             continue
-        largest = float(np.abs(numpy_helper.to_array(known[node.input[1]])).max())
-        power = np.float32(2.0 ** np.floor(np.log2(60000 / largest)))
         adds = [one for one in chain[1:-1] if one.op_type == "Add"]
         biases = [node.input[2]] if len(node.input) > 2 else []
         biases += [name for one in adds for name in one.input if name in known]
+        grown = [numpy_helper.to_array(known[name]) for name in (node.input[1], *biases)]
+        largest = max(float(np.abs(one).max()) for one in grown)
+        power = np.float32(2.0 ** np.floor(np.log2(60000 / largest)))
         for name, factor in [
             (node.input[1], power),
             *((one, power) for one in biases),
