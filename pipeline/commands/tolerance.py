@@ -58,7 +58,8 @@ def _measured(job: Job, verdicts: Sequence[Verdict]) -> tuple[list[Seen], list[s
     from pipeline import proposal
 
     found, left_out = list[proposal.Seen](), []
-    for verdict in [row for one in verdicts for row in (one.rows or (one,))]:
+    each = {row.target.name: row for one in verdicts for row in (one.rows or (one,))}
+    for verdict in each.values():
         if not verdict.candidates:
             left_out.append(f"{verdict.target.name}: {verdict.status}: {verdict.reason}")
         for scheme, report in verdict.candidates.items():

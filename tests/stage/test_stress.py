@@ -5,9 +5,10 @@ import contextlib
 import numpy as np
 import pytest
 
-from pipeline import backends, run
+from pipeline import backends, run, samples, stress
 from pipeline.stages.parity import parity
-from pipeline.types import ParityReport, no_report
+from pipeline.stress_subject import Subject
+from pipeline.types import OutputSpec, ParityReport, Signature, TensorSpec, Tolerance, no_report
 from pipeline.workspace import Workspace
 from tests import workspaces
 
@@ -195,3 +196,106 @@ def test_each_planted_fault_is_found_by_its_check_and_by_no_other(job, tmp_path,
     assert verdicts(report, "failed") == {name}, report.reasons
     assert not report.passed
     assert f"`{name}`" in report.reasons[0]
+
+
+# --- forms that aren't invariant, ties ------------------------------------------------------------------------------
+
+
+class Answering:
+    """`Answers` whose program and form are functions of the inputs."""
+
+    def __init__(self, eager, form):
+        self.eager, self.form = eager, form
+
+    def ask(self, feeds, model=None):
+        return (self.eager if model is None else self.form)(feeds)
+
+    def feeds(self, sizes):
+        return samples.feeds(self.recipe, sizes, 0)
+
+
+def halves(feeds):
+    """Scores of each image: how bright its halves are."""
+    found = feeds["images"].reshape(len(feeds["images"]), 2, -1).mean(axis=-1)
+    return {"logits": np.concatenate([found, found], axis=1)}
+
+
+def over_the_brightest(feeds):
+    return {"logits": halves(feeds)["logits"] / feeds["images"].max()}
+
+
+def wrong_alone(feeds):
+    return {"logits": over_the_brightest(feeds)["logits"] * (1 if len(feeds["images"]) > 1 else 2)}
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """The verdict and reason of one check on an engine, its form and the program."""
+    recipe = Workspace(workspaces.tiny(tmp_path)).recipe("tiny")
+    shapes = {"images": ("batch", 1, 8, 8), "logits": ("batch", 4)}
+    inputs, outputs = ((TensorSpec(name=name, dtype="float32", shape=shapes[name]),) for name in shapes)
+
+    def asked(name, engine, form, eager, *, in_fp32=False, kind="logits"):
+        changes = {"outputs": (OutputSpec(name="logits", kind=kind),)}
+        answers = Answering(eager, form)
+        answers.recipe = recipe.model_copy(update=changes)
+        subject = Subject(
+            recipe=answers.recipe,
+            run=engine,
+            model=object(),
+            signature=Signature(inputs=inputs, outputs=outputs, axes=recipe.axes),
+            answers=answers,
+            bounds={"logits": Tolerance(max_over_peak=1e-4)},
+            in_fp32=in_fp32,
+        )
+        return [(one.verdict, one.why) for one in stress.checks(subject, []) if one.name == name]
+
+    return asked
+
+
+def test_what_the_form_does_itself_is_noted(ask):
+    ((verdict, why),) = ask("rows", over_the_brightest, over_the_brightest, halves)
+    assert verdict == "noted"
+    assert why.startswith("the form itself changes its answer: `logits` max_over_peak")
+
+
+def test_an_engine_that_strays_from_such_a_form_fails(ask):
+    ((verdict, why),) = ask("rows", wrong_alone, over_the_brightest, halves)
+    assert verdict == "failed"
+    assert "and the engine isn't as its form" in why
+
+
+def test_a_form_in_fp32_must_be_invariant_where_eager_is(ask):
+    ((verdict, why),) = ask("rows", over_the_brightest, over_the_brightest, halves, in_fp32=True)
+    assert (verdict, why.endswith("and eager fp32 doesn't")) == ("failed", True)
+    ((verdict, why),) = ask("rows", over_the_brightest, over_the_brightest, over_the_brightest, in_fp32=True)
+    assert (verdict, why.startswith("eager fp32 itself changes its answer")) == ("noted", True)
+
+
+def test_a_number_for_nan_is_the_forms_own_where_the_form_has_one(ask):
+    def numbers(feeds):
+        return {"logits": np.nan_to_num(halves(feeds)["logits"])}
+
+    assert ask("nan", numbers, numbers, halves) == [("noted", "`logits` has 4 numbers for NaN; so has its form")]
+    assert ask("nan", halves, numbers, halves) == [("passed", "")]
+
+
+def test_the_order_of_equal_values_is_not_asked(ask):
+    def first(feeds):
+        return {"logits": np.argsort(-halves(feeds)["logits"], axis=-1, kind="stable")}
+
+    def last(feeds):
+        flipped = -halves(feeds)["logits"][:, ::-1]
+        return {"logits": 3 - np.argsort(flipped, axis=-1, kind="stable")}
+
+    assert ask("zeros", last, first, first, kind="indices") == [("passed", "")]
+    assert [verdict for verdict, _ in ask("ends", last, first, first, kind="indices")] == ["passed", "passed", "failed"]
+
+
+def test_what_the_form_cannot_take_is_not_asked_of_the_engine(ask):
+    def no_zeros(feeds):
+        if not feeds["images"].any():
+            raise ZeroDivisionError("all dark")
+        return halves(feeds)
+
+    assert ask("zeros", halves, no_zeros, halves) == [("not applicable", "its form fails: ZeroDivisionError: all dark")]
