@@ -98,7 +98,8 @@ def load_program(stored: Stored, recipe: Recipe) -> ExportedProgram:
         StoreError: the program can't be read.
     """
     if recipe.factory is not None:
-        recipes.resolve(recipe, recipe.factory, "factory")
+        with quiet():  # as at capture: what libraries say of each other is nothing to the user
+            recipes.resolve(recipe, recipe.factory, "factory")
     return load(stored.file(FILE))
 
 
