@@ -830,6 +830,7 @@ class WarmUp(Frozen):
         graphs: that torch.compile compiled; None for other runners, as are the next two.
         graph_breaks: places at which it went back to Python.
         recompilations: that other sizes than the first made necessary.
+        sqnr_db: of its answer at opt sizes against eager PyTorch's, the worst output; a baseline that is wrong is none.
     """
 
     runner: str
@@ -839,6 +840,7 @@ class WarmUp(Frozen):
     graphs: int | None = None
     graph_breaks: int | None = None
     recompilations: int | None = None
+    sqnr_db: float | None = None
 
 
 class BenchRow(Frozen):

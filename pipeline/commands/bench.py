@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from pipeline.types import Scheme, Target
 
 FILE = "bench/bench.json"
-WARM_UP_COLUMNS = ("before timing", "threads", "build or load", "first calls", "graphs", "graph breaks", "recompiled")
+WARM_UP_COLUMNS = (
+    *("before timing", "threads", "build or load", "first calls"),
+    *("graphs", "graph breaks", "recompiled", "vs eager"),
+)
 
 
 def bench(
@@ -199,4 +203,5 @@ def _ratios(found: Bench, rows: Sequence[Mapping[str, Ratio]]) -> Iterator[list[
 def warm_up_row(one: WarmUp) -> list[str]:
     """One line of what a runner took before it was timed."""
     counts = ("" if count is None else str(count) for count in (one.graphs, one.graph_breaks, one.recompilations))
-    return [one.runner, str(one.threads), f"{one.build_s:.2f} s", f"{one.first_s:.2f} s", *counts]
+    close = "" if one.sqnr_db is None else "equal" if one.sqnr_db == math.inf else f"{one.sqnr_db:.1f} dB"
+    return [one.runner, str(one.threads), f"{one.build_s:.2f} s", f"{one.first_s:.2f} s", *counts, close]

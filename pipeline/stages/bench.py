@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from pipeline import backends, baselines, buckets, machine, samples, timing
+from pipeline import backends, baselines, buckets, compare, machine, reference, samples, timing
 from pipeline import checkpoint as checkpoints
 from pipeline import program as programs
 from pipeline.errors import ExportyardError
@@ -25,6 +25,8 @@ from pipeline.types import Bench, BenchRow, Recipe, Reporter, Runner, Sizes, Tar
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.types import Tensors
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class _Found:
     warm_ups: list[WarmUp] = field(default_factory=list)
     rows: list[BenchRow] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def bench(asked: Asked, folder: Path, report: Reporter) -> Bench:
@@ -99,7 +102,7 @@ def bench(asked: Asked, folder: Path, report: Reporter) -> Bench:
         warm_ups=tuple(found.warm_ups),
         rows=tuple(found.rows),
         left_out=found.left_out,
-        warnings=tuple(machine.warnings(state)),
+        warnings=(*machine.warnings(state), *found.warnings),
     )
 
 
@@ -142,33 +145,55 @@ def _started(
     report: Reporter,
 ) -> dict[str, Runner]:
     """Every baseline and engine that can be had, each called once at each size."""
-    runners: dict[str, Runner] = {}
     sizes_of = asked.sizes()
     order = [*sizes_of[1:2], *sizes_of[:1], *sizes_of[2:]]  # compilers see opt first
-    for name in (name for name in asked.names if name not in found.left_out):
+    feeds = samples.feeds(asked.recipe, order[0], seed=1)
+    with reference.eager(asked.program, threads) as eager:
+        right = eager(feeds)
+    runners: dict[str, Runner] = {}
+    for name in (name for name in (*asked.names, *asked.engines) if name not in found.left_out):
         report(0, 0, f"{name} for {threads} threads")
-        context = baselines.started(name, asked.recipe, model, asked.program, order, threads, folder)
+        served = [sizes for sizes in order if _serves(asked, name, sizes, found)]
+        if name in asked.engines:
+            context = _loaded(asked, name, served, threads)
+        else:
+            context = baselines.started(name, asked.recipe, model, asked.program, served, threads, folder)
         try:
             begun = stack.enter_context(context)
-        except Exception as error:  # compilers have exceptions of their own
+            answer = begun.run(feeds) if order[0] in served else {}
+        except Exception as error:  # compilers and engines have exceptions of their own
             found.left_out[name] = baselines.reason_of(error)
             continue
         runners[name] = begun.run
-        found.warm_ups.append(begun.warm_up)
-    for name, (engine, target) in asked.engines.items():
-        begun_s = perf_counter()
-        try:
-            run = stack.enter_context(backends.loaded(engine, target, threads))
-            loaded_s = perf_counter()
-            for sizes in (sizes for sizes in order if _serves(asked, name, sizes, found)):
-                run(samples.feeds(asked.recipe, sizes, seed=1))
-        except Exception as error:  # engines have exceptions of their own when they are called
-            found.left_out[name] = baselines.reason_of(error)
-            continue
-        runners[name] = run
-        took = WarmUp(runner=name, threads=threads, build_s=loaded_s - begun_s, first_s=perf_counter() - loaded_s)
-        found.warm_ups.append(took)
+        sqnr_db = _compared(asked, name, right, answer, found) if answer else None
+        found.warm_ups.append(begun.warm_up.model_copy(update={"sqnr_db": sqnr_db}))
     return runners
+
+
+@contextlib.contextmanager
+def _loaded(asked: Asked, name: str, served: Sequence[Sizes], threads: int) -> Iterator[baselines.Started]:
+    """An engine as `baselines.started` gives a baseline."""
+    engine, target = asked.engines[name]
+    begun = perf_counter()
+    with backends.loaded(engine, target, threads) as run:
+        loaded = perf_counter()
+        for sizes in served:
+            run(samples.feeds(asked.recipe, sizes, seed=1))
+        took = WarmUp(runner=name, threads=threads, build_s=loaded - begun, first_s=perf_counter() - loaded)
+        yield baselines.Started(run, took)
+
+
+def _compared(asked: Asked, name: str, right: Tensors, answer: Tensors, found: _Found) -> float | None:
+    """The worst SQNR of an answer, in dB; one that the recipe's budget would refuse is a warning."""
+    kinds = {spec.name: spec.kind for spec in asked.recipe.outputs}
+    gaps = compare.distances(right, answer, kinds)
+    bounds = asked.recipe.budget.vs_eager
+    broken = [text for gap in gaps if bounds is not None for text in compare.violations(gap, bounds)]
+    if broken:
+        text = f"{name} answers otherwise than eager PyTorch: {'; '.join(broken)}"
+        found.warnings += [text] if text not in found.warnings else []
+    # a distance between indices means nothing
+    return min((gap.sqnr_db for gap in gaps if gap.kind != "indices"), default=None)
 
 
 def _serves(asked: Asked, name: str, sizes: Sizes, found: _Found) -> bool:

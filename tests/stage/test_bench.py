@@ -8,7 +8,7 @@ import pytest
 from pipeline import baselines, cli, profiles, run, shares, store, timing
 from pipeline import samples as feeds_of
 from pipeline.stages import bench as stage
-from pipeline.types import Bench, ProfileReport
+from pipeline.types import Bench, ProfileReport, Tolerance
 from pipeline.workspace import Workspace
 from tests import workspaces
 from tests.extras import thorough
@@ -130,6 +130,9 @@ def test_the_command_bench_writes_what_it_prints(root, capsys):
         assert row.versus_eager["eager"].median == 1
         assert all(time.repeats >= timing.LEAST_ROUNDS for time in row.times.values())
     assert {one.runner for one in found.warm_ups} == runners
+    close = {one.runner: one.sqnr_db for one in found.warm_ups}
+    assert close["eager"] == float("inf")
+    assert close["any-onnxruntime fp32"] > 80 > close["any-onnxruntime int8-u8u8"] > 10
     assert found.machine.cores >= 1
     # and the same as a table
     assert cli.invoke(command) == 0
@@ -154,10 +157,20 @@ def test_without_a_compiler_a_baseline_is_a_reason(asked, tmp_path, monkeypatch)
 
 def test_an_engine_that_fails_is_a_reason(asked, tmp_path):
     engine, target = asked.engines["ours"]
-    broken = store.Stored(engine.path, engine.artifact.model_copy(update={"files": {}}))
+    files = {"signature.json": engine.artifact.files["signature.json"]}
+    broken = store.Stored(engine.path, engine.artifact.model_copy(update={"files": files}))
     found = benched(asked, tmp_path, engines=asked.engines | {"broken": (broken, target)})
     assert "has no file" in found.left_out["broken"]
     assert set(found.rows[0].times) == {"ours"}
+
+
+def test_a_runner_that_answers_otherwise_is_a_warning(asked, tmp_path):
+    strict = asked.recipe.budget.model_copy(update={"vs_eager": Tolerance(max_abs=0)})
+    found = benched(asked, tmp_path, recipe=asked.recipe.model_copy(update={"budget": strict}))
+    assert any(text.startswith("ours answers otherwise than eager PyTorch: `logits`") for text in found.warnings)
+    lenient = asked.recipe.budget.model_copy(update={"vs_eager": Tolerance(max_abs=1)})
+    found = benched(asked, tmp_path, recipe=asked.recipe.model_copy(update={"budget": lenient}))
+    assert not any("otherwise" in text for text in found.warnings)
 
 
 @pytest.mark.slow

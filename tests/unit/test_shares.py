@@ -1,5 +1,7 @@
 """Profiles added up, and the tables of `exportyard profile` and `exportyard bench`."""
 
+import math
+
 import pytest
 
 from pipeline import host, shares
@@ -137,8 +139,10 @@ def test_the_machine_says_what_is_not_known():
 
 def test_what_a_runner_took_before_it_was_timed():
     one = WarmUp(runner="compile", threads=1, build_s=0, first_s=12.345, graphs=3, graph_breaks=0, recompilations=2)
-    assert bench.warm_up_row(one) == ["compile", "1", "0.00 s", "12.35 s", "3", "0", "2"]
-    assert bench.warm_up_row(WarmUp(runner="e", threads=2, build_s=1, first_s=0))[-3:] == ["", "", ""]
+    assert bench.warm_up_row(one) == ["compile", "1", "0.00 s", "12.35 s", "3", "0", "2", ""]
+    other = WarmUp(runner="e", threads=2, build_s=1, first_s=0, sqnr_db=123.45)
+    assert bench.warm_up_row(other)[-4:] == ["", "", "", "123.5 dB"]
+    assert bench.warm_up_row(other.model_copy(update={"sqnr_db": math.inf}))[-1] == "equal"
 
 
 def test_numbers_of_threads_that_cannot_be_had_are_refused(monkeypatch):
