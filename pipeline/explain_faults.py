@@ -84,7 +84,10 @@ def principal(step: Step, reference: Graph) -> onnx.NodeProto:
     computing = [node for node in nodes if node.op_type not in _CONVERSIONS]
     if computing:
         return next((node for node in computing if node.op_type in FAMILY), computing[-1])
-    return _source(reference, nodes[-1]) if nodes else onnx.NodeProto(name=step.view.name)
+    if nodes:
+        return _source(reference, nodes[-1])
+    readers = [node for node in reference.readers.get(step.view.name, []) if node.op_type not in _CONVERSIONS]
+    return readers[0] if readers else onnx.NodeProto(name=step.view.name)
 
 
 def _maker(reference: Graph, name: str) -> list[onnx.NodeProto]:
@@ -223,7 +226,7 @@ def _attributes(runs: onnx.NodeProto, nodes: Sequence[onnx.NodeProto], reference
             if entry.name == "alpha" and runs.op_type == "FusedMatMul":
                 continue
             kind = "resize" if node.op_type == "Resize" else _ATTRIBUTES.get(entry.name, "attribute")
-            yield Fault(node, kind, f"`{entry.name}` is {_plain(own[entry.name])} instead of {_plain(value)}")
+            yield Fault(node, kind, f"`{entry.name}` is {_said(own[entry.name])} instead of {_said(value)}")
     active = _plain(own.get("activation", ""))
     fused = [node for node in nodes if node.op_type in explain_pairs.ACTIVE]
     if fused and active and fused[-1].op_type != active:
@@ -283,6 +286,10 @@ def _without(step: Step, left: onnx.NodeProto, name: str, reference: Operators) 
 
 def _plain(value: object) -> object:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _said(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(_plain(value))
 
 
 def by_numbers(step: Step) -> tuple[str, str]:

@@ -228,7 +228,18 @@ def departures(
         layers.append(layer(step, asked))
         if step.departs:
             found.append(_departure(step, numbers))
-    return tuple(found), tuple(layers), len(layers)
+    return tuple(found), _joined(layers), len(layers)
+
+
+def _joined(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """One line a tensor: in floats or in integers it is the same one, and it loses what the worse of them does."""
+    found: dict[str, Layer] = {}
+    for one in layers:
+        own = min(
+            (each.own_db for each in (one, found.get(one.output)) if each and each.own_db is not None), default=None
+        )
+        found[one.output] = one.model_copy(update={"own_db": own})
+    return tuple(found.values())
 
 
 def _departure(step: Step, numbers: Format) -> Departure:

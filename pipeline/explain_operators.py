@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from pipeline import graph as graphs
+from pipeline import origin
+from pipeline.errors import ConversionError, first_line
 
 Array = NDArray[Any]
 NCHWC = "com.microsoft.nchwc"
@@ -91,10 +93,19 @@ class Operators:
         return _session(model)
 
     def all(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Every tensor that the model makes of `feeds`, by name; constants are left out."""
+        """Every tensor that the model makes of `feeds`, by name; constants are left out.
+
+        Raises:
+            ConversionError: an operator can't be run by itself, such as one that hands on sequences.
+        """
         found = dict(feeds)
         for node in self.graph.model.graph.node:
-            found |= self.run(node, found)
+            try:
+                found |= self.run(node, found)
+            except Exception as error:  # onnxruntime's own classes share no base
+                raise ConversionError(
+                    f"operator `{node.op_type}` ({origin.of_node(node)}) can't be run by itself: {first_line(error)}"
+                ) from error
         return found
 
 

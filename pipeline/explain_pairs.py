@@ -147,7 +147,7 @@ def layouts(node: onnx.NodeProto, inputs: Iterable[View]) -> list[Any]:
     if node.domain == NCHWC:
         return ["blocked"]
     last = bool(attribute(node, "channels_last", 0)) or node.op_type.startswith("Nhwc")
-    found = [NHWC] if last else []
+    found = [NHWC, (0, 2, 1), (0, 2, 3, 4, 1)] if last else []
     return list(dict.fromkeys([*found, *(view.layout for view in inputs), None]))
 
 

@@ -19,6 +19,7 @@ from pydantic import JsonValue
 
 from pipeline import buckets, calibrate, explain_engine, explain_form, probe, samples, targets
 from pipeline import graph as graphs
+from pipeline.errors import ConversionError
 from pipeline.reference import Answers
 from pipeline.stages.quantize import FORMS, STATISTICS
 from pipeline.store import Stored, write_json
@@ -99,12 +100,14 @@ def explain(
     compared = 0
     unlike = _not_a_graph(model, target)
     if unlike is None:
-        departures, layers, compared = _engine(model, target, feeds, report)
-        reason = None
+        departures, layers, compared, reason = _engine(model, target, feeds, report)
     else:
         departures, reason = _cut(recipe, model, target, scheme, feeds, unlike, report)
     found += departures
     silent += [reason] if reason else []
+    elsewhere = targets.unfit(target)
+    if unlike is None and elsewhere is not None:
+        silent.append(f"the kernels of `{target.name}` ({elsewhere}): its operators were run by this host's")
     departures, of_form, reason = _form(model, scheme, feeds, report)
     found += departures
     layers = of_form or layers
@@ -172,7 +175,10 @@ def _not_a_graph(model: Model, target: Target) -> str | None:
     return "its engines are for fixed sizes, one for each bucket" if buckets.of(model.engine) else None
 
 
-def _engine(model: Model, target: Target, feeds: Sequence[Feeds], report: Reporter) -> explain_engine.Found:
+def _engine(
+    model: Model, target: Target, feeds: Sequence[Feeds], report: Reporter
+) -> tuple[tuple[Departure, ...], tuple[Layer, ...], int, str | None]:
+    """The engine against its form, operator by operator."""
     source = model.form.file(GRAPH)
     if model.file is not None:
         path = model.file
@@ -182,7 +188,10 @@ def _engine(model: Model, target: Target, feeds: Sequence[Feeds], report: Report
     # what isn't for this processor is read as it is; a portable engine gets its layout where it is loaded
     finished = target.options.get("optimization") == "all" or targets.unfit(target) is not None
     made = explain_engine.as_run(path, source, finished=finished)
-    return explain_engine.departures(made, onnx.load(source), feeds, report)
+    try:
+        return *explain_engine.departures(made, onnx.load(source), feeds, report), None
+    except ConversionError as error:
+        return (), (), 0, f"the engine: {error.message}"
 
 
 def _cut(
@@ -216,16 +225,15 @@ def _form(
     chosen: dict[str, Any] = {}
     if SEARCH in model.form.artifact.files:
         chosen = json.loads(model.form.file(SEARCH).read_text())["chosen"]
-    found, layers, _ = explain_form.departures(
-        onnx.load(model.form.file(GRAPH)),
-        onnx.load(model.graph.file(GRAPH)),
-        FORMS.get(scheme),
-        feeds,
-        {} if model.statistics is None else calibrate.load(model.statistics.file(STATISTICS)),
-        corrected=bool(chosen.get("correct")),
-        smooth=bool(chosen.get("smooth")),
-        report=report,
-    )
+    form, fp32 = (onnx.load(one.file(GRAPH)) for one in (model.form, model.graph))
+    seen = {} if model.statistics is None else calibrate.load(model.statistics.file(STATISTICS))
+    corrected, smooth = bool(chosen.get("correct")), bool(chosen.get("smooth"))
+    try:
+        found, layers, _ = explain_form.departures(
+            form, fp32, FORMS.get(scheme), feeds, seen, corrected=corrected, smooth=smooth, report=report
+        )
+    except ConversionError as error:
+        return (), (), f"the form: {error.message}"
     return found, layers, None
 
 

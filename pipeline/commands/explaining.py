@@ -17,7 +17,7 @@ from pipeline.errors import ParityError, UsageError, unknown
 from pipeline.job import Job
 from pipeline.types import Departure, Explanation, Layer, Scheme, Target
 
-COLUMNS = ["level", "operator", "module", "line", "before", "after", "own", "explained", "what", "to do"]
+COLUMNS = ["level", "operator", "module", "line", "before", "after", "own", "explained", "what"]
 LAYER_COLUMNS = ["tensor", "operator", "module", "line", "after", "own"]
 WORST = 8  # layers that a healthy engine is shown with
 
@@ -91,7 +91,8 @@ def _show(found: Explanation, *, layers: bool) -> None:
     if found.departures:
         console.say(f"[red]{escape(head + sentence(found.departures[0]))}[/]")
         console.table(COLUMNS, [_row(one) for one in found.departures])
-        print(found.departures[0].suggestion)
+        for said in dict.fromkeys(one.suggestion for one in found.departures):
+            print(said)
     else:
         console.say(f"[green]{escape(head)}nothing departs:[/] {found.compared} tensors compared")
     if found.not_compared:
@@ -136,7 +137,6 @@ def _row(one: Departure) -> list[str]:
         _db(one.own),
         _db(one.allowed),
         escape(f"{one.kind}: {one.because}"),
-        escape(one.suggestion),
     ]
 
 
