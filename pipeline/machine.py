@@ -112,7 +112,8 @@ def warnings(found: Machine) -> list[str]:
         )
     if found.others is not None and found.others >= BUSY_CORES:
         told.append(
-            f"other work took {found.others:.1f} of {found.cores} cores while timing: trust ratios on one thread"
+            f"other work took {found.others:.1f} of {found.cores} cores while timing: trust ratios on one thread, "
+            "and none of runtimes whose threads spin (OpenVINO)"
         )
     return told
 

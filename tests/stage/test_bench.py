@@ -1,5 +1,7 @@
 """Profiles beside latencies, and the bench against PyTorch's own compilers."""
 
+import contextlib
+import dataclasses
 import json
 from textwrap import dedent
 
@@ -164,13 +166,24 @@ def test_an_engine_that_fails_is_a_reason(asked, tmp_path):
     assert set(found.rows[0].times) == {"ours"}
 
 
-def test_a_runner_that_answers_otherwise_is_a_warning(asked, tmp_path):
-    strict = asked.recipe.budget.model_copy(update={"vs_eager": Tolerance(max_abs=0)})
-    found = benched(asked, tmp_path, recipe=asked.recipe.model_copy(update={"budget": strict}))
-    assert any(text.startswith("ours answers otherwise than eager PyTorch: `logits`") for text in found.warnings)
-    lenient = asked.recipe.budget.model_copy(update={"vs_eager": Tolerance(max_abs=1)})
-    found = benched(asked, tmp_path, recipe=asked.recipe.model_copy(update={"budget": lenient}))
+def test_a_baseline_that_answers_otherwise_is_a_warning(asked, tmp_path, monkeypatch):
+    started = baselines.started
+
+    @contextlib.contextmanager
+    def spoilt(*arguments):
+        with started(*arguments) as begun:
+            wrong = dataclasses.replace(begun, run=lambda feeds: {"logits": begun.run(feeds)["logits"] + 1})
+            yield wrong
+
+    bounded = asked.recipe.budget.model_copy(update={"vs_eager": Tolerance(max_abs=0.1)})
+    recipe = asked.recipe.model_copy(update={"budget": bounded})
+    found = benched(asked, tmp_path, names=("eager",), recipe=recipe)
     assert not any("otherwise" in text for text in found.warnings)
+    monkeypatch.setattr(baselines, "started", spoilt)
+    found = benched(asked, tmp_path, names=("eager",), recipe=recipe)
+    assert [text for text in found.warnings if "otherwise" in text] == [
+        "baseline eager answers otherwise than eager PyTorch: `logits` max_abs 1 > 0.1"
+    ]
 
 
 @pytest.mark.slow
