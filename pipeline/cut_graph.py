@@ -15,12 +15,15 @@ from pydantic import JsonValue
 from pipeline import graph as graphs
 from pipeline import origin, probe
 from pipeline.cut_signature import Dims, signature_of, sizes_of
+from pipeline.errors import BuildError
 from pipeline.graph import Graph
 from pipeline.parts import Array, Feeds, Part, Role, Step
 from pipeline.store import Key, Stored, make, write_json
 
 ONNX, WEIGHTS, SIGNATURE = "model.onnx", "model.onnx.data", "signature.json"
 KEPT_BYTES = 1 << 30  # of a model's tensors
+HIDDEN = (TensorProto.BFLOAT16,)  # types that ONNX Runtime has no arrays for
+_WIDENING = ("Cast", "DequantizeLinear")
 
 
 class GraphForm:
@@ -35,6 +38,7 @@ class GraphForm:
         self.ends = tuple(value.name for value in self._graph.model.graph.output)
         self._constants = {tensor.name for tensor in self._graph.model.graph.initializer}
         self._nodes = list(self._graph.model.graph.node)
+        self._types, _ = graphs.infer(self._graph.model)
         carried = self._carried()
         self.steps = tuple(self._step(node, carried) for node in self._nodes)
 
@@ -47,28 +51,28 @@ class GraphForm:
     def _role(self, node: onnx.NodeProto, carried: set[str]) -> Role:
         if node.name in carried:
             return "carried"
-        if self._quantizes(node):
+        if self._narrows(node):
             return "quantize"
-        maker = self._graph.makers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        return "dequantize" if maker is not None and self._quantizes(maker) else "core"
+        maker = self._graph.makers.get(node.input[0]) if node.op_type in _WIDENING else None
+        return "dequantize" if maker is not None and self._narrows(maker) else "core"
 
-    def _quantizes(self, node: onnx.NodeProto) -> bool:
-        """Whether what `node` makes is only there to be dequantised again."""
+    def _narrows(self, node: onnx.NodeProto) -> bool:
+        """Whether `node` makes 8-bit integers or bfloat16 only for them to be made floats again."""
         readers = self._graph.readers.get(node.output[0], [])
+        rounds = node.op_type == "Cast" and graphs.attribute(node, "to") == TensorProto.BFLOAT16
         return (
-            node.op_type == "QuantizeLinear"
+            (rounds or node.op_type == "QuantizeLinear")
             and node.output[0] not in self._graph.outputs
             and bool(readers)
-            and all(reader.op_type == "DequantizeLinear" for reader in readers)
+            and all(reader.op_type == _WIDENING[not rounds] for reader in readers)
         )
 
     def _carried(self) -> set[str]:
         """Names of the nodes that only weights decide, or only sizes, if they make whole numbers of those."""
-        types, _ = graphs.infer(self._graph.model)
         names, sizes, fixed = set[str](), set[str](), set(self._constants)
         for node in self._nodes:
             reads = set(graphs.reads(node))
-            whole = all(types.get(name) == TensorProto.INT64 for name in node.output if name)
+            whole = all(self._types.get(name) == TensorProto.INT64 for name in node.output if name)
             if reads <= fixed:
                 fixed |= set(node.output)
             elif node.op_type in ("Shape", "Size") or (whole and reads <= sizes | fixed):
@@ -81,8 +85,15 @@ class GraphForm:
     # --- values ----------------------------------------------------------------------------------------------------
 
     def values(self, names: Iterable[str]) -> list[dict[str, Array]]:
-        """As the graph says, run as it is written. All that it makes is kept for the next time, if that is not much."""
+        """As the graph says, run as it is written. All that it makes is kept for the next time, if that is not much.
+
+        Raises:
+            BuildError: one has a type that NumPy lacks.
+        """
         wanted = dict.fromkeys(names)
+        hidden = [name for name in wanted if self._types.get(name) in HIDDEN]
+        if hidden:
+            raise BuildError(f"ONNX Runtime doesn't hand out `{hidden[0]}`, which is no array of NumPy's")
         if self._kept is not None:
             return [{name: call[name] for name in wanted} for call in self._kept]
         return self._run(wanted)
@@ -93,7 +104,8 @@ class GraphForm:
         _, sizes = graphs.infer(self._graph.model, given)
         if len(self._feeds) * sum(sizes.values()) > KEPT_BYTES:
             return None
-        return self._run(dict.fromkeys([*self.inputs, *(name for step in self.steps for name in step.makes)]))
+        made = (name for step in self.steps for name in step.makes if self._types.get(name) not in HIDDEN)
+        return self._run(dict.fromkeys([*self.inputs, *made]))
 
     def _run(self, names: Iterable[str]) -> list[dict[str, Array]]:
         calls = probe.over(self._stored.file(ONNX), self._feeds, list(names))

@@ -13,7 +13,7 @@ from pipeline import explain_gaps as gaps
 from pipeline.errors import UsageError, first_line
 from pipeline.parts import Array, Feeds, Part, Step
 from pipeline.store import Stored
-from pipeline.types import OutputKind, Runner, Scheme, Target
+from pipeline.types import Recipe, Runner, Scheme, Target
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def worst(trials: Sequence[Trial]) -> Trial:
 class Judge:
     """What a row allows."""
 
-    def __init__(self, target: Target, scheme: Scheme) -> None:
+    def __init__(self, recipe: Recipe, target: Target, scheme: Scheme) -> None:
+        self._kinds = {spec.name: spec.kind for spec in recipe.outputs}
         self.target, self.scheme, self.tolerance = target, scheme, target.vs_onnx[scheme]
         bounds = self.tolerance.model_dump(exclude_none=True)
         told = ", ".join(f"{name} = {value:g}" for name, value in bounds.items())
@@ -118,7 +119,7 @@ class Judge:
         plain, other = _without_fillings(right, found)
         if scale is not None:
             other = _nearer(plain, other, scale)
-        kind: OutputKind = "other" if right.dtype.kind == "f" else "indices"
+        kind = self._kinds.get(name, "other" if right.dtype.kind == "f" else "indices")
         distance = compare.distance(name, plain, other, kind)
         broken = compare.violations(distance, self.tolerance)
         return Trial(part, tuple(broken), name, distance.sqnr_db, self._allowed(plain), (right, found))

@@ -59,7 +59,7 @@ def departures(
     reason = backend.missing(target) or backend.not_runnable(target)
     if reason is not None:
         return (), f"parts of it would have to be built and run, and this host can't: {reason}"
-    judge = Judge(target, scheme)
+    judge = Judge(recipe, target, scheme)
     calls = judge.whole(model, engine, feeds_list)
     whole = worst(calls)
     if not whole.departs:
@@ -103,16 +103,28 @@ def _of_the_file(
 def _departure(search: Search, judge: Judge, found: Trial) -> Departure:
     assert found.part is not None
     steps = [one for one in (search.form.steps[place] for place in found.part.steps) if one.role == "core"]
-    first = steps[0]
+    step, kind, advice = steps[0], "fused wrongly", _suggestion(judge.target, judge.scheme, steps)
+    if len(steps) == 1:
+        kind = judge.kind(step, found)
+    elif search.stuck:
+        kind, advice = "one of several", f"it is one of {_told(steps)}; less can't be built alone: {search.refused}"
+    elif found.values is not None and found.values[0].dtype.kind != "f":
+        # given the right numbers it makes the right choice, and the others are within bounds
+        step = next((one for one in steps if found.output in one.makes), steps[-1])
+        kind, advice = (
+            "near tie",
+            (
+                f"no operator is wrong: what the row allows the others to be off decides between values that are almost"
+                f" equal; allow that with `argmax_agreement` in the row's vs_onnx.{judge.scheme}"
+            ),
+        )
     before, after = search.on_the_way(found)
-    one_of = search.stuck and len(steps) > 1
-    kind = judge.kind(first, found) if len(steps) == 1 else "one of several" if one_of else "fused wrongly"
     return Departure(
         level="engine",
-        operator=first.operator,
-        node=first.name,
-        module=first.module,
-        line=first.line,
+        operator=step.operator,
+        node=step.name,
+        module=step.module,
+        line=step.line,
         output=found.output,
         before=before,
         after=after,
@@ -120,12 +132,11 @@ def _departure(search: Search, judge: Judge, found: Trial) -> Departure:
         allowed=found.allowed,
         because=f"{judge.because}; alone, it has {'; '.join(found.broken)}",
         kind=kind,
-        suggestion=_suggestion(judge.target, judge.scheme, steps, search.refused if one_of else None),
+        suggestion=advice,
     )
 
 
-def _suggestion(target: Target, scheme: Scheme, steps: Sequence[Step], refused: str | None) -> str:
-    """What to do about `steps`; `refused` says why fewer of them could not be built."""
+def _suggestion(target: Target, scheme: Scheme, steps: Sequence[Step]) -> str:
     advice = (
         "leave it in float"
         if scheme.startswith("int8")
@@ -133,11 +144,12 @@ def _suggestion(target: Target, scheme: Scheme, steps: Sequence[Step], refused: 
     )
     if len(steps) == 1:
         return f"`{target.backend}` compiles this operator to something else: {advice}, and tell its authors"
-    told = ", ".join(f"{step.operator} `{step.name}`" for step in steps[:NAMED])
-    told += f" and {len(steps) - NAMED} more" if len(steps) > NAMED else ""
-    if refused is not None:
-        return f"it is one of {len(steps)} operators ({told}), of which no part can be built alone: {refused}"
     return (
-        f"`{target.backend}` compiles these {len(steps)} operators to something else only when they stand together,"
-        f" which fuses them: {told}; {advice}, and tell its authors"
+        f"`{target.backend}` compiles {_told(steps)} to something else only when they stand together, which fuses"
+        f" them: {advice}, and tell its authors"
     )
+
+
+def _told(steps: Sequence[Step]) -> str:
+    names = ", ".join(f"{step.operator} `{step.name}`" for step in steps[:NAMED])
+    return f"{len(steps)} operators ({names}{', ...' if len(steps) > NAMED else ''})"

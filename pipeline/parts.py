@@ -2,7 +2,7 @@
 
 A form is a sequence of steps, each an operator. Some are no place to cut at: what only weights or sizes decide goes
 with whoever reads it, and a tensor that is quantised and dequantised is so on both sides of a cut, where it is a float.
-So a part of an INT8 form is compiled to the same kernels as in the whole.
+So a part of an INT8 form is compiled to the same kernels as in the whole. Rounding to bfloat16 is no different.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Form(Protocol):
         """The part as a model that backends can build from, as an artifact in `folder`.
 
         Raises:
-            BuildError: a tensor where it is cut has a dtype that no signature has.
+            BuildError: a tensor where it is cut has a dtype that no signature has, or it can't be traced.
         """
         ...
 

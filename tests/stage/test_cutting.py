@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline import backends, cutting, samples, store
+from pipeline.errors import BuildError
 from pipeline.stages.build import build
 from pipeline.store import Key
 from pipeline.types import Axis, Signature, TensorSpec, no_report
@@ -219,7 +220,7 @@ def test_a_row_of_another_machine_says_why(forms, tmp_path):
 # --- other backends ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["fp32", "int8-u8s8"])
+@pytest.mark.parametrize("scheme", ["fp32", "bf16", "int8-u8s8"])
 def test_openvino(monkeypatch, forms, tmp_path, scheme):
     extras.need("openvino", "openvino")
     recipe, model = forms("encoder", scheme)
@@ -230,6 +231,7 @@ def test_openvino(monkeypatch, forms, tmp_path, scheme):
     assert found.node == "softmax"
 
 
+@pytest.mark.slow
 def test_tvm(monkeypatch, forms, tmp_path):
     extras.need("tvm", "tvm")
     recipe, model = forms("convnet")
@@ -238,6 +240,74 @@ def test_tvm(monkeypatch, forms, tmp_path):
     (found,), _ = explained(recipe, model, row_of("tvm"), tmp_path / "engine")
 
     assert found.node == "block_1"
+
+
+def chosen():
+    """Two rows of scores [batch, 3] -> the largest one's place [batch, 1], after a sum that a compiler may round."""
+    node, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    nodes = [
+        node("Add", ["x", "ones"], ["sum"], name="sum"),
+        node("Exp", ["sum"], ["exp"], name="exp"),
+        node("TopK", ["exp", "one"], ["best", "place"], name="choice"),
+    ]
+    ones = onnx.numpy_helper.from_array(np.ones(3, np.float32), "ones")
+    one = onnx.numpy_helper.from_array(np.ones(1, np.int64), "one")
+    graph = onnx.helper.make_graph(
+        nodes,
+        "chosen",
+        [value("x", onnx.TensorProto.FLOAT, ["batch", 3])],
+        [value("place", onnx.TensorProto.INT64, ["batch", 1])],
+        [ones, one],
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+
+
+def rounded(model):
+    """What is added is a little more for one of the three."""
+    if miscompiling.constant(model, "ones") is not None:
+        miscompiling.set_constant(model, "ones", [1, 1 + 1e-6, 1])
+
+
+def test_a_choice_between_almost_equal_values_is_nobodys_fault(monkeypatch, tmp_path):
+    signature = Signature(
+        inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", 3)),),
+        outputs=(TensorSpec(name="place", dtype="int64", shape=("batch", 1)),),
+        axes={"batch": Axis(min=1, opt=2, max=8)},
+    )
+
+    def work(out):
+        onnx.save(chosen(), out / "model.onnx")
+        store.write_json(out / "signature.json", signature.plain())
+        return {}
+
+    model = store.make(tmp_path / "model", Key("onnx"), work).stored
+    recipe = small.recipe_of(ROWS, outputs=[{"name": "place", "kind": "indices"}])
+    miscompiling.install(monkeypatch, rounded)
+    engine = engine_of(model, row_of(), tmp_path / "engine")
+    feeds = {"x": np.array([[0.5, 0.5, 0.25], [0, 1, 2]], np.float32)}
+
+    (found,), _ = cutting.departures(recipe, model, engine, row_of(), "fp32", [feeds], no_report)
+
+    assert (found.node, found.kind) == ("choice", "near tie")
+    assert "argmax_agreement" in found.suggestion
+
+
+def test_what_can_not_be_built_alone_is_told_together(monkeypatch, forms, tmp_path):
+    recipe, model = forms("convnet")
+    fault = miscompiling.wrong_clamp("w1")
+
+    def stubborn(model):
+        if len(model.graph.node) < 5:
+            raise BuildError("it wants at least five")
+        fault(model)
+
+    miscompiling.install(monkeypatch, stubborn)
+
+    (found,), _ = explained(recipe, model, row_of(), tmp_path / "engine")
+
+    assert found.kind == "one of several"
+    assert "Conv `block_1`, Relu `block_relu`" in found.suggestion
+    assert "it wants at least five" in found.suggestion
 
 
 class Rows(nn.Module):
