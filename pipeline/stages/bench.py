@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from pipeline import backends, baselines, buckets, compare, machine, reference, samples, timing
+from pipeline import backends, baselines, buckets, compare, machine, recipes, reference, samples, timing
 from pipeline import checkpoint as checkpoints
 from pipeline import program as programs
 from pipeline.errors import ExportyardError
@@ -81,6 +81,8 @@ def bench(asked: Asked, folder: Path, report: Reporter) -> Bench:
     """
     observer = machine.Observer()
     found = _Found()
+    if asked.recipe.factory is not None and asked.program.artifact.facts.get("operators"):
+        recipes.resolve(asked.recipe, asked.recipe.factory, "factory")  # without it, the program can't even be read
     model = _model(asked, found)
     for threads in asked.threads:
         with contextlib.ExitStack() as stack, _compilers_forget():
