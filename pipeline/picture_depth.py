@@ -63,7 +63,7 @@ def _draw(axes: Axes, paint: Paint, *, layers: Sequence[Layer], own: str, runnin
         mark.set_gid(f"layer-{place - 1}")
     _write_tags(axes, paint, layers, floor, ceiling)
     if running:
-        axes.legend(loc="upper right", frameon=False, labelcolor="linecolor", ncols=2)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, labelcolor="linecolor", ncols=2)
 
 
 def _curve(

@@ -35,7 +35,7 @@ def write(job: Job, verdicts: Sequence[Verdict]) -> Path:
     timeline.shorten(job.folder)
     found = report_collect.collect(job, verdicts)
     inputs = {step: made.stored.digest for step, made in job.made.items() if step.startswith(_READ)}
-    inputs |= {"data": digest.of_json(found.plain()), "page": _drawn_by()}
+    inputs |= {"data": digest.of_bytes(found.model_dump_json().encode()), "page": _drawn_by()}
     tools = host.versions(["exportyard", "jinja2", "matplotlib", "numpy", "onnx"])
 
     def work(out: Path) -> Mapping[str, JsonValue]:

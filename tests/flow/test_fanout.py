@@ -58,6 +58,10 @@ def test_targets_are_built_by_the_workers_of_their_pools_and_joined_into_one_rel
         released = manifest.load(fleet.leader / "artifacts/tiny/release")
         assert sorted(released.engines) == ["one", "two"]
         assert released.skipped["three"].startswith("not built here: the pool `fan-empty`")
+        told = json.loads((fleet.leader / "artifacts/tiny/report/report.json").read_text())
+        times = {one["step"]: one for one in told["timeline"]["steps"]}
+        assert {"program", "engine/one/fp32", "engine/two/fp32", "latency/two"} <= set(times)
+        assert told["timeline"]["unknown"] == []
         found = task_states(state, "publish")
         assert found["engine one"][0] == "Cached"
         assert "onnx fp32" in found

@@ -28,6 +28,9 @@ def test_an_engine_that_is_exactly_the_model_can_be_told_of():
         "rows": [],
         "built_for": None,
     }
-    found = handover.read({"verdict": verdict, "steps": {"engine/t/fp32": "0" * 64}, "worker": "w"})
+    time = {"step": "engine/t/fp32", "key": "k", "start": 1.5, "seconds": 2.25, "where": "board"}
+    told = {"verdict": verdict, "steps": {"engine/t/fp32": "0" * 64}, "worker": "w", "times": [time]}
+    found = handover.read(told)
+    assert [one.plain() for one in found.times] == [time]
     assert found.verdict.parity == parity
     assert handover.read(json.loads(json_text(found.plain()))) == found
