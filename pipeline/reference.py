@@ -117,9 +117,9 @@ class Answers:
             raise found
         return found
 
-    def form(self, model: Stored) -> Runner:
-        """The graph `model` run as written, for more questions than are worth to be remembered."""
-        return self._written(model)
+    def form(self, model: Stored | None) -> Runner:
+        """The graph `model` run as written, or the program: for more questions than are worth to be remembered."""
+        return self._eager() if model is None else self._written(model)
 
     def _ask(self, run: Runner, place: int, sample: Sample) -> Outputs:
         try:

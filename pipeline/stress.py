@@ -83,7 +83,13 @@ def _with_form(subject: Subject, name: str, feeds: Tensors, what: str = "", *, t
         )
     broken = subject.broken(found, ties=ties)
     verdict = departed(subject, name) if broken else "passed"
-    return StressCheck(name=name, sizes=sizes, compared=compared, found=found, verdict=verdict, why="; ".join(broken))
+    if broken and broken == subject.broken(found, ties=True):
+        rounding = subject.rounding(feeds, reference)
+        if subject.share(found) <= 1 + rounding:
+            broken.append(f"but eager fp32 is {rounding:.3g} of what is allowed away, too: rounding is magnified there")
+            verdict = "noted"
+    why = "; ".join(broken)
+    return StressCheck(name=name, sizes=sizes, compared=compared, found=found, verdict=verdict, why=why)
 
 
 def _sizes(subject: Subject, compared: list[dict[str, int]]) -> Iterator[StressCheck]:

@@ -87,6 +87,19 @@ class Subject:
         """How much of what its bounds allow the engine takes, at most; which element is the largest isn't asked."""
         return max((compare.share(one, bound) for one, bound in self._bounded(found, ties=True)), default=0.0)
 
+    def rounding(self, feeds: Tensors, reference: Tensors) -> float:
+        """How far eager fp32 is from its form there, as a share of what is allowed: two right computations.
+
+        Some models magnify rounding at some inputs, which is no fault of an engine. 0 where the form isn't in fp32, or
+        eager PyTorch fails.
+        """
+        if not self.in_fp32:
+            return 0.0
+        try:
+            return self.share(apart(reference, self.answers.form(None)(feeds), self.kinds))
+        except Exception:  # torch's own
+            return 0.0
+
     def _bounded(self, found: tuple[Distance, ...], *, ties: bool) -> list[tuple[Distance, Tolerance]]:
         pairs = [(one, self.bounds[one.output]) for one in found]
         if not ties:

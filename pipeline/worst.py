@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -23,7 +23,7 @@ from pipeline import padding, samples
 from pipeline import stress_inputs as inputs
 from pipeline.errors import DataError
 from pipeline.stress_subject import Subject, apart, fault
-from pipeline.types import Distance, InputSpec, Reporter
+from pipeline.types import Distance, InputSpec, Reporter, Sizes
 
 Array = NDArray[Any]
 Way = Literal["usual", "even", "ends", "peaks"]
@@ -77,6 +77,7 @@ class Worst:
         feeds: the input itself.
         found: the engine's distances from its form; none where it failed.
         share: of what the bounds allow; infinite where the engine failed.
+        rounding: the same of eager fp32, where the form is in fp32: two right computations may differ by that.
         error: how it failed.
         tried: inputs that were tried.
     """
@@ -85,8 +86,14 @@ class Worst:
     feeds: dict[str, Array]
     found: tuple[Distance, ...]
     share: float
+    rounding: float = 0.0
     error: str | None = None
     tried: int = 0
+
+    @property
+    def beyond(self) -> float:
+        """What the engine takes beyond that, and what the search is for."""
+        return self.share - self.rounding if math.isfinite(self.rounding) else 0.0
 
 
 class _OverError(BaseException):
@@ -117,13 +124,13 @@ def search(subject: Subject, seconds: float, report: Reporter, first: int = 0, m
             raise _OverError
         found = _look(subject, case)
         tried += 1
-        if found is not None and (not worst or found.share > worst[-1].share):
+        if found is not None and (not worst or found.beyond > worst[-1].beyond):
             worst[:] = [found]
-        told = f"worst of {tried} inputs: {worst[-1].share:.3g} of what is allowed" if worst else f"{tried} inputs"
+        told = f"worst of {tried} inputs: {worst[-1].beyond:.3g} of what is allowed" if worst else f"{tried} inputs"
         report(int(spent), math.ceil(seconds), told)
         if worst and worst[-1].error is not None:
             raise _OverError  # nothing is worse
-        return found.share if found is not None else 0.0
+        return found.beyond if found is not None else 0.0
 
     with suppress(_OverError):
         for number in range(first, first + 10**6):
@@ -204,21 +211,19 @@ def _values(spec: InputSpec, array: Array, draw: Draw, rng: np.random.Generator)
 def _look(subject: Subject, case: Case) -> Worst | None:
     """How far the engine is from its form there; None where the form fails, and nothing can be said."""
     feeds = make(subject, case)
-    found, share, error = _apart(subject, feeds)
-    return None if found is None else Worst(case, feeds, found, share, error)
+    return _apart(subject, feeds, case)
 
 
-def _apart(subject: Subject, feeds: Mapping[str, Array]) -> tuple[tuple[Distance, ...] | None, float, str | None]:
-    """The distances, None where the form fails; how much of what is allowed they take; and how the engine failed."""
+def _apart(subject: Subject, feeds: dict[str, Array], case: Case) -> Worst | None:
     try:
         reference = subject.answers.form(subject.model)(feeds)
     except Exception:  # torch's and ONNX Runtime's own
-        return None, 0.0, None
+        return None
     try:
         found = apart(reference, subject.run(feeds), subject.kinds)
     except Exception as error:  # a backend's runtime may raise anything; whatever it is, it is the result
-        return (), math.inf, fault(error)
-    return found, subject.share(found), None
+        return Worst(case, feeds, (), math.inf, error=fault(error))
+    return Worst(case, feeds, found, subject.share(found), subject.rounding(feeds, reference))
 
 
 def _smaller(subject: Subject, worst: Worst, end: float) -> Worst:
@@ -230,7 +235,7 @@ def _smaller(subject: Subject, worst: Worst, end: float) -> Worst:
             if time.monotonic() > end:
                 break
             tried = _look(subject, case)
-            if tried is not None and tried.share >= worst.share:
+            if tried is not None and tried.beyond >= worst.beyond:
                 found = tried
                 break
     return worst
@@ -249,8 +254,9 @@ def _simpler(subject: Subject, case: Case) -> Iterator[Case]:
         yield replace(case, number=0)
 
 
-def known(subject: Subject, kept: Mapping[str, Mapping[str, Array]]) -> dict[str, float]:
-    """How much of what is allowed the engine takes with each kept input that it serves, and that the form can take."""
-    served = {name: feeds for name, feeds in kept.items() if padding.fits(feeds, subject.signature)}
-    found = {name: _apart(subject, feeds) for name, feeds in served.items()}
-    return {name: share for name, (distances, share, _) in found.items() if distances is not None}
+def known(subject: Subject, kept: Mapping[str, dict[str, Array]], compared: Iterable[Sizes]) -> float:
+    """The worst of inputs that the engine is compared with anyway: kept ones that it serves, and usual ones."""
+    usual = [subject.answers.feeds(sizes) for sizes in compared]
+    served = [feeds for feeds in kept.values() if padding.fits(feeds, subject.signature)]
+    found = [_apart(subject, feeds, Case({})) for feeds in (*served, *usual)]
+    return max((one.beyond for one in found if one is not None), default=0.0)

@@ -57,8 +57,8 @@ def stress(
         print(json.dumps(_plain(job, row, form, found, before, path), indent=2))
     else:
         _show(job, row, form, found, before, path)
-    if found.share > 1:
-        what = found.error or f"{found.share:.3g} times what its tolerance allows"
+    if found.beyond > 1:
+        what = found.error or f"{found.beyond:.3g} times what its tolerance allows"
         raise ParityError(
             f"`{row.name}` {form} is not its form with {found.case}: {what}",
             hint=f"`exportyard explain {recipe} --target {row.name}` looks for the operator; "
@@ -102,18 +102,16 @@ def _subject(job: Job, row: Target, form: Scheme) -> Iterator[Subject]:
 
 
 def _before(job: Job, row: Target, form: Scheme, subject: Subject) -> float:
-    """How much of what is allowed the engine takes at most with all inputs that it is compared with anyway."""
+    """How much of what is allowed the engine takes at most with inputs that it is compared with anyway."""
     from pipeline import worst
 
-    report = job.parity_report(row, form)
-    shares = [math.inf if one.error is not None else subject.share(one.vs_onnx) for one in report.sizes]
-    shares += [subject.share(one.found) for one in report.stress if one.found and not one.own]
-    return max([*shares, *worst.known(subject, vectors.read(job.recipe)).values()])
+    compared = [one.sizes for one in job.parity_report(row, form).sizes]
+    return worst.known(subject, vectors.read(job.recipe), compared)
 
 
 def _kept(job: Job, found: Worst, before: float, keep: bool | None) -> Path | None:
     """The file that the input was written to, if it was."""
-    wanted = found.share > before if keep is None else keep
+    wanted = found.beyond > before if keep is None else keep
     return vectors.keep(job.recipe, found.feeds) if wanted else None
 
 
@@ -121,7 +119,9 @@ def _show(job: Job, row: Target, form: Scheme, found: Worst, before: float, path
     from pipeline import summary
 
     print(f"{found.tried} inputs of {job.recipe.name} on {row.name} {form}, against the form that it was built from")
-    print(f"worst: {found.share:.3g} of what is allowed (without the search: {before:.3g})")
+    print(f"worst: {found.beyond:.3g} of what is allowed (without the search: {before:.3g})")
+    if found.rounding:
+        print(f"       {found.share:.3g}, less {found.rounding:.3g} by which eager fp32 is away from the form itself")
     print(f"with:  {found.case}")
     if found.error is not None:
         console.say(f"[red]fails:[/] {escape(found.error)}")
@@ -142,7 +142,7 @@ def _show(job: Job, row: Target, form: Scheme, found: Worst, before: float, path
         print(f"kept:  {short(path)} ({path.stat().st_size:,} bytes); every later comparison looks at it")
         console.say(f"next: `git add {short(path)}`; removing it forgets it")
     else:
-        print("kept:  no" + ("" if found.share > before else ", since it is no worse than what is known"))
+        print("kept:  no" + ("" if found.beyond > before else ", since it is no worse than what is known"))
 
 
 def _plain(job: Job, row: Target, form: Scheme, found: Worst, before: float, path: Path | None) -> dict[str, Any]:
@@ -152,6 +152,8 @@ def _plain(job: Job, row: Target, form: Scheme, found: Worst, before: float, pat
         "scheme": form,
         "tried": found.tried,
         "share": found.share if math.isfinite(found.share) else "Infinity",
+        "rounding": found.rounding,
+        "beyond": found.beyond if math.isfinite(found.beyond) else "Infinity",
         "before": before if math.isfinite(before) else "Infinity",
         "sizes": dict(found.case.sizes),
         "case": str(found.case),

@@ -205,10 +205,13 @@ class Answering:
     """`Answers` whose program and form are functions of the inputs."""
 
     def __init__(self, eager, form):
-        self.eager, self.form = eager, form
+        self.eager, self.graph = eager, form
+
+    def form(self, model):
+        return self.eager if model is None else self.graph
 
     def ask(self, feeds, model=None):
-        return (self.eager if model is None else self.form)(feeds)
+        return self.form(model)(feeds)
 
     def feeds(self, sizes):
         return samples.feeds(self.recipe, sizes, 0)
@@ -299,3 +302,14 @@ def test_what_the_form_cannot_take_is_not_asked_of_the_engine(ask):
         return halves(feeds)
 
     assert ask("zeros", halves, no_zeros, halves) == [("not applicable", "its form fails: ZeroDivisionError: all dark")]
+
+
+@pytest.mark.parametrize(("times", "verdict"), [(1.8, "noted"), (2.2, "failed")])
+def test_rounding_that_the_model_magnifies_is_no_fault_of_the_engine(ask, times, verdict):
+    def off_by(share):
+        return lambda feeds: {"logits": halves(feeds)["logits"] * np.float32(1 + share * 1e-4)}
+
+    found = ask("ends", off_by(times), halves, off_by(0.95), in_fp32=True)
+    assert {one for one, _ in found} == {"passed", verdict}  # passed where all is dark
+    assert ("eager fp32 is 0.95 of what is allowed away, too" in found[-1][1]) == (verdict == "noted")
+    assert {one for one, _ in ask("ends", off_by(times), halves, off_by(0.95))} == {"passed", "failed"}

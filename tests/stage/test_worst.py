@@ -107,7 +107,7 @@ def test_what_is_found_is_kept_and_looked_at_ever_after(yard, capsys):
     code, said = invoke(capsys, *words, "--no-keep")
     again = json.loads(said.out)
     assert (code, again["kept"]) == (0, None)
-    assert again["before"] >= found["share"]
+    assert again["before"] >= found["beyond"]
     vectors.keep(job.recipe, {"images": workspaces.images(3, seed=9)})
     (yard / found["kept"]).write_bytes(b"")
     code, said = invoke(capsys, *words)
