@@ -830,7 +830,8 @@ class WarmUp(Frozen):
         graphs: that torch.compile compiled; None for other runners, as are the next two.
         graph_breaks: places at which it went back to Python.
         recompilations: that other sizes than the first made necessary.
-        sqnr_db: of its answer at opt sizes against eager PyTorch's, the worst output; a baseline that is wrong is none.
+        sqnr_db: of a baseline's answer at opt sizes against eager PyTorch's, the worst output: one that is wrong is no
+            baseline. None for engines, which parity has judged.
     """
 
     runner: str

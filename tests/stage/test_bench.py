@@ -134,7 +134,7 @@ def test_the_command_bench_writes_what_it_prints(root, capsys):
     assert {one.runner for one in found.warm_ups} == runners
     close = {one.runner: one.sqnr_db for one in found.warm_ups}
     assert close["eager"] == float("inf")
-    assert close["any-onnxruntime fp32"] > 80 > close["any-onnxruntime int8-u8u8"] > 10
+    assert close["any-onnxruntime fp32"] is None
     assert found.machine.cores >= 1
     # and the same as a table
     assert cli.invoke(command) == 0
