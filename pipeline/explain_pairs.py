@@ -23,7 +23,20 @@ from pipeline.macs import FAMILY
 
 Array = NDArray[Any]
 NHWC = (0, 2, 3, 1)
-MOVERS = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Expand", "Concat", "Gather")
+MOVERS = (
+    "Shape",
+    "Size",
+    "Reshape",
+    "Transpose",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "Split",
+    "Expand",
+    "Concat",
+    "Gather",
+)
 CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast", "Constant", "Identity")
 ACTIVE = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish")
 _AHEAD = 48  # tensors that one operator of an engine may stand for; more than any fusion has nodes
