@@ -22,7 +22,10 @@ def sizes(reference: Array, other: Array) -> tuple[float, float]:
     """
     if reference.shape != other.shape:
         return 1.0, math.inf
-    one, two = reference.astype(np.float64), other.astype(np.float64)
+    one = reference.astype(np.float64)
+    two = one if other is reference else other.astype(np.float64)
+    if max(_peak(one), _peak(two)) < largest(reference) / 2:
+        return rms(one), rms(two - one)
     same = (one == two) | (np.isnan(one) & np.isnan(two))
     with np.errstate(invalid="ignore"):
         counts = ~(same & ~(np.abs(one) < largest(reference) / 2))
@@ -33,17 +36,25 @@ def sizes(reference: Array, other: Array) -> tuple[float, float]:
     return signal, rms(gap) if np.isfinite(gap).all() else math.inf
 
 
+def _peak(array: Array) -> float:
+    """The largest magnitude; infinite where there is a NaN."""
+    top = float(max(array.max(initial=0), -array.min(initial=0)))
+    return math.inf if math.isnan(top) else top
+
+
 def largest(array: Array) -> float:
     """The largest number of the array's dtype."""
     return float(np.finfo(array.dtype).max if array.dtype.kind == "f" else np.inf)
 
 
 def rms(array: Array) -> float:
-    """Root mean square; 0 of nothing. Scaled first, so that squares of very large numbers don't overflow."""
-    top = float(np.abs(array).max(initial=0))
+    """Root mean square; 0 of nothing. Scaled first where squares of its numbers would overflow or vanish."""
+    top = _peak(array)
     if not 0 < top < math.inf:
         return top
-    return top * math.sqrt(float(np.mean(np.square(array / top))))
+    scale = 1.0 if 1e-100 < top < 1e100 else top
+    flat = (array if scale == 1 else array / scale).ravel().astype(np.float64, copy=False)
+    return scale * math.sqrt(float(np.dot(flat, flat)) / flat.size)
 
 
 def decibels(signal: float, noise: float) -> float:

@@ -290,6 +290,7 @@ def _moved(array: Array, draw: np.random.Generator) -> Array:
     if array.dtype.kind != "f":
         return array
     step = MOVED * float(np.finfo(array.dtype).eps) / 2
+    up = draw.integers(0, 2, array.shape, np.int8).astype(bool)
     with np.errstate(over="ignore"):
-        found = (array * (1 + step * draw.choice((-1.0, 1.0), array.shape))).astype(array.dtype)
+        found = (array * np.where(up, 1 + step, 1 - step)).astype(array.dtype)
     return np.where(np.abs(array) < gaps.largest(array) / 2, found, array)
