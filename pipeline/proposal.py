@@ -152,7 +152,9 @@ def _bound(
     worst, where = pick(values, key=lambda pair: pair[0])
     names = dict.fromkeys(one.target for _, one in values)
     output, only_told = where.found.output, measure == "argmax_agreement" and where.found.kind != "indices"
-    in_force = {name: getattr(tolerances.of(recipe, rows[name], scheme)[output], measure) for name in names}
+    unsaid = 1.0 if where.found.kind == "indices" else None  # indices have to be equal where nothing else is said
+    stated = {name: getattr(tolerances.of(recipe, rows[name], scheme)[output], measure) for name in names}
+    in_force = {name: unsaid if bound is None else bound for name, bound in stated.items()}
     return Bound(
         scheme=scheme,
         output=output,

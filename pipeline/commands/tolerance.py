@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from pipeline import console
+from pipeline import console, vectors
 from pipeline.commands.options import HERE, AsJson, Folder, RecipeName, Targets, exported
 from pipeline.errors import UnavailableError
+from pipeline.job import STATIC_SCHEMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +51,12 @@ def tolerance(
         console.table(COLUMNS, [_row(one) for one in bounds], numbers=("worst", "in force", "proposed"))
         for text in left_out:
             console.say(f"[yellow]left out:[/] {escape(text)}")
+        static = sorted({one.scheme for one in bounds} & STATIC_SCHEMES)
+        if static and not vectors.files(job.recipe):
+            console.say(
+                f"[yellow]note:[/] no input is kept, and usual ones seldom lie between steps of {', '.join(static)}; "
+                f"`exportyard stress {recipe} --target T` finds such inputs, and these proposals then hold there, too"
+            )
         print(f"\n{proposal.toml(bounds, margin)}")
 
 
