@@ -46,7 +46,7 @@ def settled(axes: Axes) -> Axes:
 
 
 def write(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox], lines: Sequence[Bbox]) -> None:
-    """Write each of `labels` where nothing is yet; over one of `lines` only if it must be.
+    """Write each of `labels` where nothing is yet; over one of `lines` only if it must be. A point is a pixel here.
 
     One that has no room anywhere is left out: the title of its mark says what it is.
 
@@ -60,31 +60,45 @@ def write(axes: Axes, labels: Sequence[Label], taken: Sequence[Bbox], lines: Seq
     full = [*(text.get_window_extent() for text in axes.texts), *taken]
     full += [box(axes, label.x, label.y, 7, 7) for label in labels]
     for label in labels:
-        notes = [_note(axes, label, place) for place in PLACES]
-        boxes = [note.get_window_extent() for note in notes]
+        note = _note(axes, label)
+        boxes = _boxes(axes, label, note.get_window_extent())
         fits = [_within(one, inside) and not any(one.overlaps(other) for other in full) for one in boxes]
         clear = [fit and not any(one.overlaps(line) for line in lines) for fit, one in zip(fits, boxes, strict=True)]
         best = clear.index(True) if any(clear) else fits.index(True) if any(fits) else None
-        for position, note in enumerate(notes):
-            if position != best:
-                note.remove()
-        if best is not None:
-            full.append(boxes[best])
+        if best is None:
+            note.remove()
+            continue
+        right, up, side = PLACES[best]
+        note.xyann = (right, up)
+        note.set_horizontalalignment(side)
+        full.append(boxes[best])
 
 
-def _note(axes: Axes, label: Label, place: Place) -> Annotation:
-    right, up, side = place
+def _note(axes: Axes, label: Label) -> Annotation:
     return axes.annotate(
         label.text,
         (label.x, label.y),
-        xytext=(right, up),
+        xytext=(0, 0),
         textcoords="offset points",
-        ha=side,
+        ha="left",
         va="center",
         color=label.colour,
         fontweight="bold" if label.bold else "normal",
         in_layout=False,
     )
+
+
+def _boxes(axes: Axes, label: Label, measured: Bbox) -> list[Bbox]:
+    """The boxes of a name at each of `PLACES`, from its size: far quicker than to write it at each of them."""
+    from matplotlib.transforms import Bbox
+
+    column, line = (float(at) for at in axes.transData.transform((label.x, label.y)))
+    found = []
+    for right, up, side in PLACES:
+        left = column + right - {"left": 0.0, "center": 0.5, "right": 1.0}[side] * measured.width
+        low = line + up - measured.height / 2
+        found.append(Bbox.from_extents(left, low, left + measured.width, low + measured.height))
+    return found
 
 
 def _within(one: Bbox, outer: Bbox) -> bool:

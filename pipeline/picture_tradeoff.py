@@ -165,7 +165,7 @@ def _label(axes: Axes, paint: Paint, points: Sequence[Point], scale: Scale) -> N
             colour=paint.good if point.chosen else _colour(paint, point),
             bold=point.chosen,
         )
-        for point in points
+        for point in sorted(points, key=lambda point: not point.chosen)
     ]
     bars = [_across(axes, point, point.spread_ms) for point in points if point.spread_ms is not None]
     left, width = axes.get_xlim()[0], axes.get_window_extent().width
