@@ -24,6 +24,7 @@ class Failure:
     Attributes:
         stage: ``engine``, ``parity`` or ``latency``.
         command: what shows it again.
+        explain: what names the operator at fault; empty where the engine was not compared.
         inputs: what the command must find to do the same: a commit, and the checkpoint's digest.
     """
 
@@ -32,6 +33,7 @@ class Failure:
     reason: str
     command: str
     inputs: str
+    explain: str = ""
 
     def plain(self) -> dict[str, str]:
         """This as plain data."""
@@ -40,14 +42,15 @@ class Failure:
     @property
     def again(self) -> str:
         """How to see it again, in one line."""
-        return f"{self.stage} of `{self.target}` again: `{self.command}` ({self.inputs})"
+        why = f"; where it departs: `{self.explain}`" if self.explain else ""
+        return f"{self.stage} of `{self.target}` again: `{self.command}` ({self.inputs}){why}"
 
 
 def of(job: Job, verdicts: Sequence[Verdict]) -> list[Failure]:
     """Every target that failed, in the order of `verdicts`."""
     failed = [verdict for verdict in verdicts if verdict.status == "failed"]
     inputs = _inputs(job) if failed else ""
-    return [Failure(one.target.name, _stage(one), one.reason, _command(job, one.target.name), inputs) for one in failed]
+    return [_failure(job, one, inputs) for one in failed]
 
 
 def blocking(verdicts: Sequence[Verdict], require: Literal["all"] | Sequence[str]) -> Mapping[str, str]:
@@ -59,14 +62,20 @@ def blocking(verdicts: Sequence[Verdict], require: Literal["all"] | Sequence[str
     return {name: reason for name, reason in found.items() if name not in known or known[name].status != "passed"}
 
 
+def _failure(job: Job, verdict: Verdict, inputs: str) -> Failure:
+    name, stage = verdict.target.name, _stage(verdict)
+    explain = _command(job, "explain", name) if stage == "parity" else ""
+    return Failure(name, stage, verdict.reason, _command(job, "export", name), inputs, explain)
+
+
 def _stage(verdict: Verdict) -> str:
     if verdict.exit_code == ParityError.exit_code:
         return "parity"
     return "engine" if verdict.exit_code == BuildError.exit_code or not verdict.candidates else "latency"
 
 
-def _command(job: Job, target: str) -> str:
-    words = ["exportyard", "export", job.recipe.name, "--target", target]
+def _command(job: Job, verb: str, target: str) -> str:
+    words = ["exportyard", verb, job.recipe.name, "--target", target]
     given = job.given_checkpoint
     if given is not None:
         root = job.workspace.root
