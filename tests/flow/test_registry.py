@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import initial, journal, record, registry
 from pipeline.errors import ReleaseError
-from tests.releases import dvc, lay_out, publish, run, steps
+from tests.releases import dvc, lay_out, publish, run, steps, with_origin
 
 IDENTITY = (("user.name", "test"), ("user.email", "test@example.com"), ("commit.gpgSign", "false"))
 
@@ -456,3 +456,16 @@ def test_an_emptied_remote_is_filled_again(root, tmp_path):
     (tmp_path / "remote").mkdir()
     publish(root, "1.0.1", "one")
     assert_whole(root)
+
+
+def test_the_newest_release_is_neither_withdrawn_nor_a_candidate(tmp_path):
+    root = with_origin(tmp_path)
+    run(root, "git", "add", "-A")
+    run(root, "git", "commit", "-qm", "workspace")
+    assert registry.newest(root, "toy") is None
+    for tag in ("toy@v1.0.0", "toy@v1.2.0", "toy@v1.10.0", "toy@v1.10.0!", "toy@v2.0.0-rc.1", "other@v3.0.0"):
+        run(root, "git", "tag", tag)
+    found = registry.newest(root, "toy")
+    assert found is not None
+    assert (found.tag, found.manifest) == ("toy@v1.2.0", None)
+    assert "exportyard did not make it" in found.problem
