@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from pipeline import explain_advice, explain_faults, origin, ort_names
 from pipeline.errors import BuildError
-from pipeline.explain_graphs import Step, Walk
+from pipeline.explain_graphs import Walk
 from pipeline.explain_operators import Operators
+from pipeline.explain_steps import Step
 from pipeline.types import Departure, Layer, Reporter, no_report
 
 Array = NDArray[Any]

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from pipeline import compare, explain_operators, explain_pairs
-from pipeline.explain_graphs import Step
 from pipeline.explain_operators import Operators
+from pipeline.explain_steps import Step
 from pipeline.graph import Graph, reads
 from pipeline.macs import FAMILY
 

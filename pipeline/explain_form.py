@@ -20,9 +20,10 @@ from pipeline import calibrate, explain_faults, explain_rounding, integer, origi
 from pipeline.explain_advice import of_form
 from pipeline.explain_engine import explains, layer
 from pipeline.explain_faults import Fault
-from pipeline.explain_graphs import Feeds, Step, Walk
+from pipeline.explain_graphs import Feeds, Walk
 from pipeline.explain_operators import Operators
 from pipeline.explain_pairs import View
+from pipeline.explain_steps import Step
 from pipeline.graph import attribute
 from pipeline.macs import FAMILY
 from pipeline.types import Departure, Layer, RangeMethod, Reporter, no_report

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,56 +17,16 @@ from numpy.typing import NDArray
 
 from pipeline import compare, explain_rounding
 from pipeline import explain_pairs as pairs
+from pipeline import explain_steps as steps
 from pipeline.explain_operators import Operators
 from pipeline.explain_pairs import View
+from pipeline.explain_steps import Numbers, Step
 from pipeline.graph import reads
 from pipeline.macs import FAMILY
 from pipeline.types import Reporter, no_report
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One tensor that both graphs have, and the operators of each that make it out of such tensors before.
-
-    Attributes:
-        view: which tensor of the reference it is.
-        runs: the engine's operators; empty for a constant that the engine was built with.
-        nodes: the reference's nodes.
-        unread: tensors that the reference's nodes read and the engine's operators don't.
-        before: worst SQNR (dB) of what is read, in the free run.
-        after: SQNR of the tensor, likewise.
-        own: SQNR of the tensor, given the reference's inputs.
-        allowed: the least `own` that rounding explains.
-        edges: how many integers may fall on either side; None for floats.
-        summands: most numbers that one of `nodes` adds up.
-        made: the tensor as the engine makes it of the reference's inputs, in the reference's layout.
-        wanted: the reference's.
-        inputs: of `nodes`, what the reference has, constants left out; for the feed that is judged.
-        blind: the engine's numbers can't hold what is read, so that nothing can be said of what is made of it.
-    """
-
-    view: View
-    runs: tuple[onnx.NodeProto, ...]
-    nodes: tuple[onnx.NodeProto, ...]
-    unread: tuple[str, ...]
-    before: float
-    after: float
-    own: float
-    allowed: float
-    edges: int | None
-    summands: int
-    made: Array | None
-    wanted: Array
-    inputs: Mapping[str, Array]
-    blind: bool = False
-
-    @property
-    def departs(self) -> bool:
-        """Whether more is wrong than rounding explains."""
-        return not self.blind and not self.own >= self.allowed
 
 
 @dataclass
@@ -78,23 +38,6 @@ class _Tensor:
     view: View | None = None
     runs: tuple[onnx.NodeProto, ...] = ()
     roots: tuple[str, ...] = ()
-
-
-class Numbers(Protocol):
-    """Names and precision of a form whose reference is in other numbers."""
-
-    def view(self, name: str) -> View | None:
-        """The tensor of the reference that `name` is; None if it is none."""
-        ...
-
-    def wide(self, runs: Sequence[onnx.NodeProto], values: Mapping[str, Array]) -> dict[str, Array]:
-        """How far off each tensor and constant of the reference may be that the form's operators `runs` read.
-
-        Args:
-            runs: operators of the form.
-            values: of the reference.
-        """
-        ...
 
 
 @dataclass
@@ -162,10 +105,10 @@ class Walk:
             for step in self._matched(node, name, tensor, inputs, views):
                 tensor.view, tensor.runs, tensor.roots = step.view, (), (step.view.name,)
                 tensor.right = [
-                    _cast(step.view.of(values[step.view.name]), one)
+                    steps.held(step.view.of(values[step.view.name]), one)
                     for values, one in zip(self._values, tensor.right, strict=True)
                 ]
-                if any(_beyond(values[step.view.name], tensor.right) for values in self._values):
+                if any(steps.beyond(values[step.view.name], tensor.right) for values in self._values):
                     self._blind.add(step.view.name)
                 self._known[step.view.name] = min(step.after, self._known.get(step.view.name, math.inf))
                 yield step
@@ -252,7 +195,7 @@ class Walk:
         worst = math.inf
         for values, made in zip(self._values, tensor.right, strict=True):
             wanted = values.get(view.name)
-            if wanted is None or made is None or _kind(wanted) != _kind(made):
+            if wanted is None or made is None or steps.kind(wanted) != steps.kind(made):
                 return None
             back = view.back(made, wanted)
             if back is None:
@@ -267,7 +210,7 @@ class Walk:
         if view.name in self._known:  # only laid out anew
             nodes, used = [], [view.name]
         each = [self._at(place, view, tensor, nodes) for place in range(len(self.feeds))]
-        place = min(range(len(each)), key=lambda at: _margin(each[at][0], each[at][1]))
+        place = min(range(len(each)), key=lambda at: steps.margin(each[at][0], each[at][1]))
         own, allowed, edges, count, made, wanted = each[place]
         read = {one.name for one in views} | set(tensor.roots)
         return Step(
@@ -277,7 +220,8 @@ class Walk:
             unread=tuple(name for name in used if not self._reads(read, name)),
             before=min((self._known[name] for name in used), default=math.inf),
             after=min(
-                _distance(view, values[view.name], free) for values, free in zip(self._values, tensor.free, strict=True)
+                steps.distance(view, values[view.name], free)
+                for values, free in zip(self._values, tensor.free, strict=True)
             ),
             own=own,
             allowed=allowed,
@@ -298,8 +242,8 @@ class Walk:
     ) -> tuple[float, float, int | None, int, Array | None, Array]:
         wanted, made = self._values[place][view.name], tensor.right[place]
         back = None if made is None else view.back(made, wanted)
-        own = _distance(view, wanted, made)
-        wanted, back = _without_fill(wanted, back)
+        own = steps.distance(view, wanted, made)
+        wanted, back = steps.without_fill(wanted, back)
         if own == math.inf:
             return own, own, None, 1, back, wanted
         narrow = max((explain_rounding.unit(one.dtype) for one in self._numbers(place, tensor)), default=0.0)
@@ -308,13 +252,13 @@ class Walk:
         off = wide.get(view.name)
         if not nodes and off is None and (view.factor is not None or narrow > explain_rounding.unit(wanted.dtype)):
             off = (narrow if view.factor is None else explain_rounding.BOTH * narrow) * np.abs(wanted)
-        if _kind(wanted) == "float":
+        if steps.kind(wanted) == "float":
             noise = 0.0 if off is None else off if not nodes else explain_rounding.BOTH * off
             return own, compare.distance(view.name, wanted, wanted + noise).sqnr_db, None, count, back, wanted
         edges = 0 if off is None else int(np.count_nonzero(off))
         # one step at each value on an edge
-        steps = np.zeros(wanted.shape) if off is None else off
-        return own, compare.distance(view.name, wanted, wanted + steps).sqnr_db, edges, count, back, wanted
+        moved = np.zeros(wanted.shape) if off is None else off
+        return own, compare.distance(view.name, wanted, wanted + moved).sqnr_db, edges, count, back, wanted
 
     def _numbers(self, place: int, tensor: _Tensor) -> list[Array]:
         """In what the engine's operators compute: what they make, what they read, and their constants."""
@@ -348,50 +292,3 @@ class Walk:
         found = values[name] if name in values else self.reference.value(name)
         assert found is not None, name
         return found
-
-
-def _margin(own: float, allowed: float) -> float:
-    if own == math.inf:
-        return math.inf
-    return own - allowed if math.isfinite(own - allowed) else -math.inf
-
-
-def _without_fill(wanted: Array, made: Array | None) -> tuple[Array, Array | None]:
-    """Both without the numbers that stand for minus infinity in masks, where they agree; beside them nothing counts.
-
-    These are of at least half the largest magnitude that a dtype holds.
-    """
-    if made is None or _kind(wanted) != "float" or _kind(made) != "float":
-        return wanted, made
-    ends = [float(np.finfo(one.dtype).max) / 2 for one in (wanted, made)]
-    fill = (np.abs(wanted) >= ends[0]) & (np.abs(made) >= ends[1]) & (np.sign(wanted) == np.sign(made))
-    return (np.where(fill, 0, wanted), np.where(fill, 0, made)) if fill.any() else (wanted, made)
-
-
-def _distance(view: View, wanted: Array, made: Array | None) -> float:
-    back = None if made is None else view.back(made, wanted)
-    wanted, back = _without_fill(wanted, back)
-    return -math.inf if back is None else compare.distance(view.name, wanted, back).sqnr_db
-
-
-def _kind(value: Array) -> str:
-    return "float" if np.issubdtype(value.dtype, np.floating) else "whole"
-
-
-def _beyond(value: Array, made: Sequence[Array | None]) -> bool:
-    """Whether `value` of the reference is too large for the numbers of what was `made` for it."""
-    kinds = {one.dtype for one in made if one is not None and _kind(one) == "float"}
-    if _kind(value) != "float" or not kinds:
-        return False
-    known = np.abs(value[np.isfinite(value)])
-    largest = known[known < float(np.finfo(value.dtype).max) / 2].max(initial=0)
-    return any(largest > np.finfo(kind).max for kind in kinds)
-
-
-def _cast(value: Array, like: Array | None) -> Array:
-    if like is None or like.dtype == value.dtype:
-        return value
-    if _kind(like) == "float" and _kind(value) == "float":
-        end = float(np.finfo(like.dtype).max)
-        value = np.where(np.isfinite(value), np.clip(value, -end, end), value)
-    return pairs.resigned(value, like.dtype).astype(like.dtype)

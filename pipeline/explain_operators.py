@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from pipeline import graph as graphs
 from pipeline import origin
@@ -164,8 +164,3 @@ def unblocked_weights(value: Array, shape: Sequence[int]) -> list[Array]:
         both = value.reshape(outs // size, ins // size, high, wide, size, size)
         found.append(both.transpose(0, 5, 1, 4, 2, 3).reshape(value.shape)[: shape[0], : shape[1]])
     return found
-
-
-def as_numbers(tensor: onnx.TensorProto) -> Array:
-    """The values of a constant."""
-    return numpy_helper.to_array(tensor)
