@@ -142,7 +142,9 @@ def _compiled(
         graphs = _graphs()
         begun = time.perf_counter()
         failure: Exception | None = None
-        with programs.quiet(), following.listening() as trail:
+        # dynamo asks the setting itself whether weights are constants, not the options
+        freezing = torch._inductor.config.patch(freezing=bool(settings.get("freezing", False)))
+        with programs.quiet(), freezing, following.listening() as trail:
             try:
                 for one in feeds:
                     programs.runner(marked, signature)(one)

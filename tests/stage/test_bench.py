@@ -214,3 +214,15 @@ def test_every_baseline(asked, tmp_path):
     compiled = {one.runner: one.recompilations for one in found.warm_ups}
     assert compiled["compile"] == compiled["max-autotune"] == 1
     assert compiled["aotinductor"] is None
+
+
+@thorough
+@pytest.mark.parametrize(("name", "follows"), [("compile", True), ("max-autotune-freezing", False)])
+def test_only_freezing_makes_weights_constants(asked, tmp_path, name, follows):
+    sizes = asked.sizes()[1]
+    feeds = feeds_of.feeds(asked.recipe, sizes, seed=3)
+    model = stage._model(stage.Asked(**vars(asked) | {"names": (name,)}), stage._Found())
+    with baselines.started(name, asked.recipe, model, asked.program, [sizes], 1, tmp_path) as begun:
+        before = begun.run(feeds)["logits"]
+        model.get_parameter("model.head.bias").data.add_(1)
+        assert (abs(begun.run(feeds)["logits"] - before).max() > 0.5) == follows
