@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from pipeline import console, turns, workspace
 from pipeline import run as chain
-from pipeline.commands.options import HERE, AsJson, Folder, RecipeName, Targets
+from pipeline.commands.options import HERE, AsJson, Checkpoint, Folder, RecipeName, Targets
 from pipeline.errors import ParityError, UsageError, unknown
 from pipeline.job import Job
 from pipeline.types import Departure, Explanation, Layer, Scheme, Target
@@ -34,23 +34,30 @@ def explain(
         typer.Option("--engine", metavar="FILE", help="An engine from elsewhere (ONNX), instead of the store's."),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show the error of every layer.")] = False,
+    checkpoint: Checkpoint = None,
     root: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Name the operator at which an engine departs from its model: module, source line, error, what to do."""
-    found = _explained(recipe, target, scheme, engine, root)
+    found = _explained(recipe, checkpoint, target, scheme, engine, root)
     if as_json:
-        print(json.dumps([one.plain() for one in found], indent=2))
+        print(json.dumps([one.plain() for one, _ in found], indent=2))
     else:
-        for one in found:
-            _show(one, layers=layers)
-    if any(one.departures for one in found):
+        for one, reasons in found:
+            _show(one, reasons, layers=layers)
+    if any(one.departures for one, _ in found):
         raise typer.Exit(ParityError.exit_code)
 
 
 def _explained(
-    recipe: str, names: list[str] | None, scheme: str | None, engine: Path | None, root: Path
-) -> list[Explanation]:
+    recipe: str,
+    checkpoint: Path | None,
+    names: list[str] | None,
+    scheme: str | None,
+    engine: Path | None,
+    root: Path,
+) -> list[tuple[Explanation, tuple[str, ...]]]:
+    """Each explanation, with why its engine failed parity, if it did."""
     if engine is not None and (names is None or len(names) != 1 or scheme is None):
         raise UsageError(
             "`--engine FILE` needs one `--target` and a `--scheme`", hint="say what the file was built for"
@@ -58,11 +65,15 @@ def _explained(
     if engine is not None and not engine.is_file():
         raise UsageError(f"there is no engine `{engine}`", hint="give a model.onnx that ONNX Runtime runs")
     with console.progress() as report:
-        job = chain.prepare(workspace.find(root), recipe, targets=names, report=report)
+        job = chain.prepare(workspace.find(root), recipe, checkpoint=checkpoint, targets=names, report=report)
         job.folder.mkdir(parents=True, exist_ok=True)
         with turns.only_one(job.folder / ".export.lock", lambda: console.say(f"waiting for an export of `{recipe}`")):
             try:
-                return [_one(job, row, each, engine) for row in job.targets for each in _schemes(job, row, scheme)]
+                return [
+                    (_one(job, row, each, engine), reasons)
+                    for row in job.targets
+                    for each, reasons in _schemes(job, row, scheme).items()
+                ]
             finally:
                 job.close()
 
@@ -75,18 +86,18 @@ def _one(job: Job, target: Target, scheme: Scheme, engine: Path | None) -> Expla
     return look(job.recipe, job.model(target, scheme, engine), target, scheme, None, job.report)
 
 
-def _schemes(job: Job, target: Target, asked: str | None) -> list[Scheme]:
-    """The forms to look at: the one asked for, or all that fail parity, or the one that the row ships."""
+def _schemes(job: Job, target: Target, asked: str | None) -> dict[Scheme, tuple[str, ...]]:
+    """The forms to look at: the one asked for, or all that fail parity and why, or the one that the row ships."""
     if asked is not None:
         if asked not in target.schemes:
             raise unknown("scheme", asked, target.schemes, where=f"target `{target.name}`")
-        return [scheme for scheme in target.schemes if scheme == asked]
+        return {scheme: () for scheme in target.schemes if scheme == asked}
     verdict = chain.verdict(job, target)
-    failing = [scheme for scheme, found in verdict.candidates.items() if not found.passed]
-    return failing or [verdict.scheme or target.schemes[-1]]
+    failing = {scheme: found.reasons for scheme, found in verdict.candidates.items() if not found.passed}
+    return failing or {verdict.scheme or target.schemes[-1]: ()}
 
 
-def _show(found: Explanation, *, layers: bool) -> None:
+def _show(found: Explanation, reasons: tuple[str, ...], *, layers: bool) -> None:
     head = f"{found.target} {found.scheme}: "
     if found.departures:
         console.say(f"[red]{escape(head + sentence(found.departures[0]))}[/]")
@@ -94,7 +105,14 @@ def _show(found: Explanation, *, layers: bool) -> None:
         for said in dict.fromkeys(one.suggestion for one in found.departures):
             print(said)
     else:
-        console.say(f"[green]{escape(head)}nothing departs:[/] {found.compared} tensors compared")
+        looked = f"{found.compared} tensors compared" if found.compared else "its outputs compared with those of its form"
+        console.say(f"[green]{escape(head)}nothing departs:[/] {looked}")
+        if reasons:
+            console.say(
+                f"[yellow]it fails parity all the same:[/] {escape('; '.join(reasons))}\n"
+                f"no operator does worse than its numbers explain, so it is their sum that is too much; "
+                f"`exportyard quantize {found.recipe} --explain` says what is in float and what else was tried"
+            )
     if found.not_compared:
         console.say(f"[yellow]not looked into:[/] {escape(found.not_compared)}")
     shown = found.layers if layers else () if found.departures else worst(found.layers)

@@ -4,6 +4,7 @@ import json
 
 import onnx
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline import cli, run
 from pipeline.errors import ParityError
@@ -93,3 +94,17 @@ def test_a_file_that_is_no_engine(root, tmp_path, capsys):
     options = ["--target", TARGET, "--scheme", "fp32", "--engine", str(tmp_path / "engine.onnx")]
     assert cli.invoke(["explain", "tiny", "-C", str(root), *options]) not in (0, 1, ParityError.exit_code)
     assert "can't load the engine" in capsys.readouterr().err
+
+
+def test_a_form_that_is_right_and_fails_all_the_same(tmp_path, capsys):
+    root = workspaces.tiny(tmp_path)
+    path = root / "recipes" / "tiny" / "recipe.toml"
+    path.write_text(f"{path.read_text()}\nvs_eager = {{ sqnr_db = 90 }}\n")  # [budget] is its last table
+    other = root / "other.safetensors"
+    save_file(workspaces.weights(seed=1), other)
+    code = cli.invoke(["explain", "tiny", "-C", str(root), "--target", TARGET, "--checkpoint", str(other)])
+    told = " ".join("".join(capsys.readouterr()).split())
+    assert code == 0, told
+    assert f"{TARGET} int8-u8u8: nothing departs" in told
+    assert "it fails parity all the same: too far from eager fp32: `logits` sqnr_db" in told
+    assert "exportyard quantize tiny --explain" in told

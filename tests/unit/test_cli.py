@@ -21,7 +21,7 @@ SURFACE = {
     "profile": {"--target", "-t", "--by", "--depth", "--scheme", "-C", "--json"},
     "bench": {"--target", "-t", "--threads", "--seconds", "--baseline", "--pin", "--all", "-C", "--json"},
     "quantize": {"--target", "-t", "--explain", "-C", "--json"},
-    "explain": {"--target", "-t", "--scheme", "-s", "--engine", "--layers", "-C", "--json"},
+    "explain": {"--target", "-t", "--scheme", "-s", "--engine", "--layers", "--checkpoint", "-C", "--json"},
     "publish": {
         *("--checkpoint", "--target", "-t", "--bump", "--jobs", "-j", "--allow-dirty", "--allow-regression"),
         *("-C", "--json"),
