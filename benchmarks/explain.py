@@ -24,8 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 import numpy as np
 import onnx
 
-from pipeline import calibrate, explain_engine, explain_form, explanation, half, run, workspace
-from pipeline.explanation import SEARCH
+from pipeline import calibrate, half, run, workspace
+from pipeline.explain import engine as explain_engine
+from pipeline.explain import explanation
+from pipeline.explain import form as explain_form
+from pipeline.explain.explanation import SEARCH
 from pipeline.graph import Graph
 from pipeline.job import Job
 from pipeline.stages.quantize import FORMS, STATISTICS

@@ -26,8 +26,10 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 
 from benchmarks import side_by_side as sides
-from pipeline import host, tvm_cpu, tvm_tuning
+from pipeline import host
 from pipeline.backends.tvm import _before_threads, _take_threads
+from pipeline.tvm import cpu as tvm_cpu
+from pipeline.tvm import tuning as tvm_tuning
 
 
 def product() -> Any:

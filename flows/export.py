@@ -22,12 +22,13 @@ from flows import fanout, stages
 from flows.api import patiently
 from flows.stages import do, making, raise_if_failed
 from flows.steps import entered
-from pipeline import exchange, failures, handover, release, report, run, summary, turns
+from pipeline import exchange, failures, handover, release, run, summary, turns
 from pipeline.errors import ExportyardError
 from pipeline.exchange import Exchange
 from pipeline.handover import SharedMaker
 from pipeline.job import Job
 from pipeline.release import Published
+from pipeline.report import files as report
 from pipeline.run import Verdict, Watcher
 from pipeline.store import Made
 from pipeline.tags import Bump

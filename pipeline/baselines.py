@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from pipeline import backends, following, host, reference, samples, store
+from pipeline import backends, host, reference, samples, store
 from pipeline import program as programs
 from pipeline.errors import ExportyardError, UnavailableError, first_line, unknown
+from pipeline.explain import following
 from pipeline.store import Key, Stored
 from pipeline.types import Recipe, Runner, Sizes, Target, Tolerance, WarmUp
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from pipeline import digest, host, store, tvm_link
+from pipeline import digest, host, store
 from pipeline.errors import BuildError, UnavailableError
+from pipeline.tvm import link as tvm_link
 from pipeline.types import Target, Tolerance
 
 MACHINE = "aarch64"

@@ -49,7 +49,7 @@ from pipeline.types import (
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
-    from pipeline.explanation import Model
+    from pipeline.explain.explanation import Model
     from pipeline.reference import Answers
 
 Work = Callable[[Path], Mapping[str, JsonValue]]
@@ -548,7 +548,7 @@ class Job:
             return Key("explanation", inputs, config, tools | own)
 
         def work(out: Path) -> Mapping[str, JsonValue]:
-            from pipeline.explanation import explanation
+            from pipeline.explain.explanation import explanation
 
             parity = self.parity_report(target, scheme) if ran else None
             return explanation(self.recipe, self.model(target, scheme), target, scheme, parity, out, self.report)
@@ -557,7 +557,7 @@ class Job:
 
     def model(self, target: Target, scheme: Scheme, file: Path | None = None) -> Model:
         """What an explanation compares; `file` is an engine from elsewhere, to be looked at instead of the store's."""
-        from pipeline.explanation import Model
+        from pipeline.explain.explanation import Model
 
         graph = self._graph().stored
         static = scheme in STATIC_SCHEMES and backends.quantizer(target, scheme) is None

@@ -163,7 +163,7 @@ def transposed_weight(engine: onnx.ModelProto, form: onnx.ModelProto) -> set[str
 
 def _inner(node: onnx.NodeProto, value: Array, known: dict[str, onnx.TensorProto]) -> int:
     """Numbers that lie together at each place of a blocked kernel."""
-    from pipeline.explain_operators import block
+    from pipeline.explain.operators import block
 
     size = block()
     return size * size if value.shape[1] % size == 0 else size

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.report_data import Report
+from pipeline.report.data import Report
 
 JSON = "report.json"
 # every element that shows a value, as the page's reader sees it

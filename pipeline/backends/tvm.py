@@ -23,9 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import JsonValue
 
-from pipeline import host, targets, tvm_cpu, tvm_import, tvm_link, tvm_records, tvm_remote, tvm_weights
+from pipeline import host, targets
 from pipeline.backends import checked
 from pipeline.errors import BuildError, UnavailableError, UsageError, unknown
+from pipeline.tvm import cpu as tvm_cpu
+from pipeline.tvm import importer as tvm_import
+from pipeline.tvm import link as tvm_link
+from pipeline.tvm import records as tvm_records
+from pipeline.tvm import remote as tvm_remote
+from pipeline.tvm import weights as tvm_weights
 from pipeline.types import Reporter, Runner, Scheme, Target
 
 if TYPE_CHECKING:
@@ -34,7 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.store import Stored
-    from pipeline.tvm_nests import Registers
+    from pipeline.tvm.nests import Registers
     from pipeline.types import Tensors
 
 SOURCES = ("onnx", "program")
@@ -191,7 +197,8 @@ def _take_threads(count: int) -> None:
 def _tuned(model: Stored, target: Target, shared: Path, out: Path, report: Reporter) -> Mapping[str, JsonValue]:
     """Look up, and measure if the row says so; returns the facts."""
     _before_threads()
-    from pipeline import tvm_compile, tvm_tuning
+    from pipeline.tvm import compile as tvm_compile
+    from pipeline.tvm import tuning as tvm_tuning
 
     minutes = _minutes(target)
     reason = targets.unfit(target)
@@ -228,7 +235,8 @@ def _minutes(target: Target) -> int:
 
 def _built(model: Stored, target: Target, choices: Path | None, out: Path) -> Mapping[str, JsonValue]:
     """Import, schedule, compile and link in this process; returns the facts."""
-    from pipeline import tvm_compile, tvm_tuning
+    from pipeline.tvm import compile as tvm_compile
+    from pipeline.tvm import tuning as tvm_tuning
 
     cpu = tvm_cpu.cpu_of(target)
     where = tvm_link.compiles_for(target, cpu)

@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import JsonValue
 
-from pipeline import gpu, host, tvm_cuda, tvm_import, tvm_link
+from pipeline import gpu, host
 from pipeline.backends import checked
 from pipeline.errors import BuildError, UnavailableError, UsageError, unknown
 from pipeline.store import write_json
+from pipeline.tvm import cuda as tvm_cuda
+from pipeline.tvm import importer as tvm_import
+from pipeline.tvm import link as tvm_link
 from pipeline.types import Runner, Scheme, Target
 
 if TYPE_CHECKING:
@@ -85,7 +88,7 @@ class TvmCuda:
         import tvm
         from tvm import relax
 
-        from pipeline.tvm_passes import sorted_shape_functions
+        from pipeline.tvm.passes import sorted_shape_functions
 
         real = target.model_copy(update={"arch": _arch(target)})
         where = tvm_cuda.compiles_for(real, _cpu(target))

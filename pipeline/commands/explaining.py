@@ -81,7 +81,7 @@ def _explained(
 def _one(job: Job, target: Target, scheme: Scheme, engine: Path | None) -> Explanation:
     if engine is None:
         return job.explanation_report(target, scheme)
-    from pipeline.explanation import explain as look
+    from pipeline.explain.explanation import explain as look
 
     return look(job.recipe, job.model(target, scheme, engine), target, scheme, None, job.report)
 
@@ -105,8 +105,10 @@ def _show(found: Explanation, reasons: tuple[str, ...], *, layers: bool) -> None
         for said in dict.fromkeys(one.suggestion for one in found.departures):
             print(said)
     else:
-        looked = f"{found.compared} tensors compared" if found.compared else "its outputs compared with those of its form"
-        console.say(f"[green]{escape(head)}nothing departs:[/] {looked}")
+        looked = (
+            f"{found.compared} tensors compared" if found.compared else "its outputs compared with those of its form"
+        )
+        console.say(f"[green]{escape(head)}nothing departs:[/] {looked} compared")
         if reasons:
             console.say(
                 f"[yellow]it fails parity all the same:[/] {escape('; '.join(reasons))}\n"

@@ -96,7 +96,8 @@ def export(
 
 def _show(job: Job, verdicts: list[run.Verdict], *, as_json: bool) -> None:
     """Print what became of each target, write the report, and exit with the first failure's code."""
-    from pipeline import report, summary
+    from pipeline import summary
+    from pipeline.report import files as report
 
     if as_json:
         print(json.dumps([summary.plain(verdict) for verdict in verdicts], indent=2))

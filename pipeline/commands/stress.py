@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipeline.job import Job
-    from pipeline.stress_subject import Subject
+    from pipeline.stress.subject import Subject
+    from pipeline.stress.worst import Worst
     from pipeline.types import Scheme, Target
-    from pipeline.worst import Worst
 
 
 def stress(
@@ -48,7 +48,7 @@ def stress(
         with turns.only_one(job.folder / ".export.lock", wait), contextlib.closing(job):
             row, form = _chosen(job, target, scheme)
             with _subject(job, row, form) as subject:
-                from pipeline import worst
+                from pipeline.stress import worst
 
                 before = _before(job, row, form, subject)
                 found = worst.search(subject, seconds, report, seed)
@@ -94,7 +94,7 @@ def _chosen(job: Job, name: str, scheme: str | None) -> tuple[Target, Scheme]:
 def _subject(job: Job, row: Target, form: Scheme) -> Iterator[Subject]:
     """The engine, made, compared at usual inputs and loaded."""
     job.parity(row, form)
-    from pipeline import stress_subject
+    from pipeline.stress import subject as stress_subject
 
     engine, model = job.engine(row, form).stored, job.form(row, form).stored
     with backends.loaded(engine, row) as loaded:
@@ -103,7 +103,7 @@ def _subject(job: Job, row: Target, form: Scheme) -> Iterator[Subject]:
 
 def _before(job: Job, row: Target, form: Scheme, subject: Subject) -> float:
     """How much of what is allowed the engine takes at most with inputs that it is compared with anyway."""
-    from pipeline import worst
+    from pipeline.stress import worst
 
     compared = [one.sizes for one in job.parity_report(row, form).sizes]
     return worst.known(subject, vectors.read(job.recipe), compared)

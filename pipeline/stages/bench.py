@@ -17,7 +17,7 @@ from pipeline import backends, baselines, buckets, compare, machine, recipes, re
 from pipeline import checkpoint as checkpoints
 from pipeline import program as programs
 from pipeline.errors import ExportyardError
-from pipeline.restoring import restored
+from pipeline.explain.restoring import restored
 from pipeline.store import Stored
 from pipeline.timing import Turns
 from pipeline.trial import Flat

@@ -14,7 +14,7 @@ from torch.fx.experimental import _config as symbolic  # torch has no public swi
 from pipeline import breaks, ranges
 from pipeline import checkpoint as checkpoints
 from pipeline import program as programs
-from pipeline.restoring import restored
+from pipeline.explain.restoring import restored
 from pipeline.store import Stored, write_json
 from pipeline.trial import Answer, Flat, compare, dtype_of, tensors
 from pipeline.types import Place, Recipe, Signature, TensorSpec

@@ -7,9 +7,9 @@ from pathlib import Path
 from pydantic import JsonValue, TypeAdapter
 
 from pipeline import checkpoint as checkpoints
-from pipeline import following
 from pipeline import program as programs
-from pipeline.restoring import restored
+from pipeline.explain import following
+from pipeline.explain.restoring import restored
 from pipeline.store import Stored, write_json
 from pipeline.trial import Flat, tensors
 from pipeline.types import Place, Recipe

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from pipeline import backends, buckets, compare, metrics, padding, samples, stress, stress_subject
+from pipeline import backends, buckets, compare, metrics, padding, samples
 from pipeline.buckets import Bucket
 from pipeline.errors import BuildError, ExportyardError, ParityError, RecipeError
 from pipeline.reference import Answers, Outputs
 from pipeline.store import Stored, write_json
+from pipeline.stress import checks as stress
+from pipeline.stress import subject as stress_subject
 from pipeline.types import (
     Distance,
     MetricResult,

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import backends, cutting, samples, store
+from pipeline import backends, samples, store
 from pipeline.errors import BuildError
+from pipeline.explain import cutting
 from pipeline.stages.build import build
 from pipeline.store import Key
 from pipeline.types import Axis, Signature, TensorSpec, no_report

@@ -7,7 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline import calibrate, explain_engine, explain_form, half, samples
+from pipeline import calibrate, half, samples
+from pipeline.explain import engine as explain_engine
+from pipeline.explain import form as explain_form
 from pipeline.graph import Graph
 from pipeline.stages.quantize import FORMS, STATISTICS
 from tests import faults

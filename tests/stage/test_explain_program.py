@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import nn
 
-from pipeline import explain_program
-from pipeline.explain_program import departures
+from pipeline.explain import program as explain_program
+from pipeline.explain.program import departures
 from pipeline.stages import to_onnx
 from pipeline.store import Key, make
 from tests import extras, small

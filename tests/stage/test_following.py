@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline import following
+from pipeline.explain import following
 from pipeline.stages.compilation import compilation
 from pipeline.store import Key, make
 from pipeline.trial import tensors

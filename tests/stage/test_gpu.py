@@ -10,12 +10,14 @@ import onnxruntime
 import pytest
 import torch
 
-from pipeline import backends, gpu, host, ort_gpu, samples, tensorrt_graph, tensorrt_plan, tvm_cuda, tvm_import
+from pipeline import backends, gpu, host, ort_gpu, samples, tensorrt_graph, tensorrt_plan
 from pipeline.errors import BuildError, UnavailableError, UsageError
 from pipeline.gpu import Gpu
 from pipeline.stages.audit import audit
 from pipeline.stages.build import build
 from pipeline.store import Key, make
+from pipeline.tvm import cuda as tvm_cuda
+from pipeline.tvm import importer as tvm_import
 from pipeline.types import Target
 from tests import extras, small
 from tests.stage import test_quantize as quantised

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pipeline import cli, manifest, release, report, run, store
+from pipeline import cli, manifest, release, run, store
+from pipeline.report import files as report
 from pipeline.types import Departure, Explanation, Layer
 from pipeline.workspace import Workspace
 from tests import browser, releases, reports, workspaces

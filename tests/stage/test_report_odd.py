@@ -4,9 +4,11 @@ import math
 
 import pytest
 
-from pipeline import report_markdown, report_page, store
+from pipeline import store
 from pipeline.candidates import Candidate, LeftInFloat
-from pipeline.report_data import (
+from pipeline.report import markdown as report_markdown
+from pipeline.report import page as report_page
+from pipeline.report.data import (
     Cell,
     FailureLine,
     LastRelease,

@@ -5,9 +5,10 @@ import contextlib
 import numpy as np
 import pytest
 
-from pipeline import backends, run, samples, stress
+from pipeline import backends, run, samples
 from pipeline.stages.parity import parity
-from pipeline.stress_subject import Subject
+from pipeline.stress import checks as stress
+from pipeline.stress.subject import Subject
 from pipeline.types import OutputSpec, ParityReport, Signature, TensorSpec, Tolerance, no_report
 from pipeline.workspace import Workspace
 from tests import workspaces

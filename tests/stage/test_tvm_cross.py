@@ -76,7 +76,7 @@ def test_misspelt_processor_of_another_machine(tmp_path, model):
 
 
 def test_linker_that_fails_is_named(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("pipeline.tvm_link.LINK", ("--no-such-flag",))
+    monkeypatch.setattr("pipeline.tvm.link.LINK", ("--no-such-flag",))
 
     with pytest.raises(BuildError, match="can't link the engine"):
         made(tmp_path / "engine", model[1], row())

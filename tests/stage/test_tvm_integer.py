@@ -13,12 +13,14 @@ tvm = pytest.importorskip("tvm")
 from tvm import relax  # noqa: E402
 from tvm.relax.frontend.onnx import from_onnx  # noqa: E402
 
-from pipeline import backends, host, store, tvm_compile, tvm_import  # noqa: E402
+from pipeline import backends, host, store  # noqa: E402
 from pipeline.backends import find  # noqa: E402
 from pipeline.errors import BuildError  # noqa: E402
 from pipeline.stages.audit import audit  # noqa: E402
 from pipeline.stages.build import build  # noqa: E402
-from pipeline.tvm_cpu import registers_of  # noqa: E402
+from pipeline.tvm import compile as tvm_compile  # noqa: E402
+from pipeline.tvm import importer as tvm_import  # noqa: E402
+from pipeline.tvm.cpu import registers_of  # noqa: E402
 from pipeline.types import Audit, Axis, Signature, Target, TensorSpec  # noqa: E402
 from tests import arm  # noqa: E402
 from tests.arm import needs_emulator  # noqa: E402

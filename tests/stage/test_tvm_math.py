@@ -9,7 +9,9 @@ tvm = pytest.importorskip("tvm")
 
 from tvm import te, topi  # noqa: E402
 
-from pipeline import tvm_math, tvm_nests, tvm_schedules  # noqa: E402
+from pipeline.tvm import math as tvm_math  # noqa: E402
+from pipeline.tvm import nests as tvm_nests  # noqa: E402
+from pipeline.tvm import schedules as tvm_schedules  # noqa: E402
 
 ENDS = [np.nan, np.inf, -np.inf, 0, -0.0, 88.7, 88.8, 89, -87.2, -90, -100, -110, 1e-30, -1e-30, 3e38]
 

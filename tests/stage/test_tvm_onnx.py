@@ -11,7 +11,7 @@ pytest.importorskip("tvm")
 from pipeline.backends import find
 from pipeline.errors import BuildError
 from pipeline.stages.build import build
-from pipeline.tvm_onnx import MOST_STEPS, importable
+from pipeline.tvm.onnx import MOST_STEPS, importable
 from tests.stage.test_tvm_integer import row, stored
 
 INPUT, HIDDEN = 3, 4

@@ -8,7 +8,7 @@ pytest.importorskip("tvm")
 import tvm
 from tvm import relax
 
-from pipeline import tvm_compile
+from pipeline.tvm import compile as tvm_compile
 from tests.stage.test_tvm_integer import Writer, as_written, scheduled
 
 ANY_CPU = "x86-64-v3"

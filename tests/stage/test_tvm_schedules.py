@@ -9,9 +9,10 @@ tvm = pytest.importorskip("tvm")
 from tvm import te, topi  # noqa: E402
 from tvm.script import tirx as T  # noqa: E402
 
-from pipeline import tvm_passes, tvm_schedules  # noqa: E402
-from pipeline.tvm_nests import Registers  # noqa: E402
-from pipeline.tvm_schedules import SCHEDULED  # noqa: E402
+from pipeline.tvm import passes as tvm_passes  # noqa: E402
+from pipeline.tvm import schedules as tvm_schedules  # noqa: E402
+from pipeline.tvm.nests import Registers  # noqa: E402
+from pipeline.tvm.schedules import SCHEDULED  # noqa: E402
 
 WIDE = Registers(lanes=16, accumulators=14)
 NARROW = Registers(lanes=4, accumulators=24, columns=4)

@@ -14,12 +14,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 pytest.importorskip("tvm")
 
-from pipeline import backends, host, run, store, tvm_cpu, tvm_records, tvm_tuning
+from pipeline import backends, host, run, store
 from pipeline.errors import UnavailableError, UsageError
 from pipeline.stages.build import build
 from pipeline.stages.tune import tune
 from pipeline.store import Key, write_json
-from pipeline.tvm_records import Record
+from pipeline.tvm import cpu as tvm_cpu
+from pipeline.tvm import records as tvm_records
+from pipeline.tvm import tuning as tvm_tuning
+from pipeline.tvm.records import Record
 from pipeline.types import Axis, Signature, Target, TensorSpec
 from pipeline.workspace import Workspace
 from tests import workspaces

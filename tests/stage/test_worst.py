@@ -7,7 +7,9 @@ import tomllib
 import numpy as np
 import pytest
 
-from pipeline import cli, release, run, stress_subject, vectors, worst
+from pipeline import cli, release, run, vectors
+from pipeline.stress import subject as stress_subject
+from pipeline.stress import worst
 from pipeline.types import no_report
 from pipeline.workspace import Workspace
 from tests import workspaces

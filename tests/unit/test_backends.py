@@ -6,8 +6,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from pipeline import backends, host, origin, tvm_cpu
+from pipeline import backends, host, origin
 from pipeline.errors import BuildError
+from pipeline.tvm import cpu as tvm_cpu
 from pipeline.types import Target
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.parts import Plan, Step
+from pipeline.explain.parts import Plan, Step
 
 
 @dataclass

@@ -7,10 +7,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from pipeline import picture_depth, picture_timeline
-from pipeline.picture_depth import Layer
-from pipeline.picture_timeline import Bar
-from pipeline.picture_tradeoff import Point, Scale, overview, overview_png, tradeoff
+from pipeline.report import picture_depth, picture_timeline
+from pipeline.report.picture_depth import Layer
+from pipeline.report.picture_timeline import Bar
+from pipeline.report.picture_tradeoff import Point, Scale, overview, overview_png, tradeoff
 
 POINTS = (
     Point("int8-u8s8", 12.1, 0.968, passed=True, chosen=True),

@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from pipeline import report_bounds, report_spots
-from pipeline.report_numbers import MOST_GROUPS, grouped
-from pipeline.report_spots import Spot
+from pipeline.report import bounds as report_bounds
+from pipeline.report import spots as report_spots
+from pipeline.report.numbers import MOST_GROUPS, grouped
+from pipeline.report.spots import Spot
 from tests import reports
 
 INF = math.inf

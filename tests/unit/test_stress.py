@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from pipeline import stress_inputs, tolerances, vectors
+from pipeline import tolerances, vectors
 from pipeline.errors import DataError, RecipeError
+from pipeline.stress import inputs as stress_inputs
 from pipeline.types import Axis, InputSpec, Recipe, Target, Tolerance
 from pipeline.workspace import Workspace
 from tests import workspaces

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import choice, emulator, host, summary, targets, tvm_link, tvm_remote
+from pipeline import choice, emulator, host, summary, targets
 from pipeline.backends import tvm
 from pipeline.errors import UnavailableError, UsageError
+from pipeline.tvm import link as tvm_link
+from pipeline.tvm import remote as tvm_remote
 from pipeline.types import LatencyReport, ParityReport, Target
 from tests.arm import row
 

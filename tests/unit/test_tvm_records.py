@@ -4,9 +4,9 @@ import multiprocessing
 
 import pytest
 
-from pipeline import tvm_records
 from pipeline.errors import UsageError
-from pipeline.tvm_records import Record
+from pipeline.tvm import records as tvm_records
+from pipeline.tvm.records import Record
 
 ONE = Record(choice=(4, 32, 0), ms=1.5, rule_ms=2.0)
 

@@ -1,0 +1,1 @@
+"""Where an engine departs from its model: the operator, its module, its line."""

@@ -1,0 +1,1 @@
+"""Inputs that evaluation data does not have, and the search for the worst."""

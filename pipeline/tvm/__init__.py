@@ -1,0 +1,1 @@
+"""What the backend `tvm` is made of."""
