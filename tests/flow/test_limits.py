@@ -99,7 +99,7 @@ def test_what_was_ended_in_a_process_of_many_is_not_tried_again(bench: Bench) ->
 def test_limits_decide_no_bytes_and_those_of_the_job_are_for_rows_without(bench: Bench) -> None:
     write_rows(bench, good=("", ROOMY))
     assert run.export(prepared(bench))[0].status == "passed"
-    assert not (bench.root / "artifacts/tiny/.logs").exists()  # nothing was built
+    assert not (bench.root / "artifacts/tiny/.logs/good.log").exists()  # nothing was built
 
     write_rows(bench, stuck=('hang = "child"', "limits = { memory_gb = 4 }"))
     job = prepared(bench, limits=Limits(minutes=0.02))
