@@ -22,7 +22,7 @@ from flows import fanout, stages
 from flows.api import patiently
 from flows.stages import do, making, raise_if_failed
 from flows.steps import entered
-from pipeline import exchange, failures, handover, release, run, summary, turns
+from pipeline import exchange, failures, handover, recipes, release, run, summary, turns
 from pipeline.errors import ExportyardError
 from pipeline.exchange import Exchange
 from pipeline.handover import SharedMaker
@@ -164,7 +164,7 @@ def _here(job: Job) -> tuple[list[Verdict], list[State[Any]]]:
 def _on_pools(
     job: Job, shared: Exchange, wait_for_pool_s: float, refresh: bool
 ) -> tuple[list[Verdict], list[State[Any]]]:
-    commit = handover.check_code(job, release.code_of(job))
+    commit = handover.check_code(job, recipes.code_of(job.recipe))
     ready = _upstream(job, job.targets)
     return fanout.built(job, shared, commit, wait_for_pool_s=wait_for_pool_s, refresh=refresh), ready
 

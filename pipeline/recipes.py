@@ -231,6 +231,14 @@ _codes: dict[Path, _Code] = {}  # by the recipe's folder
 _places: list[str] = []  # what stands on `sys.path` for the recipe at work
 
 
+def code_of(recipe: Recipe) -> list[Path]:
+    """Workspace files outside the recipe's folder that its code imports, relative to the workspace."""
+    calibration = recipe.calibration.data if recipe.calibration else None
+    sources = (recipe.factory, recipe.train, recipe.feeds, recipe.translations, calibration)
+    files = code_files(recipe, *sources, recipe.evaluation.data, recipe.evaluation.metric)
+    return [path.relative_to(recipe.root) for path in files if not path.is_relative_to(recipe.folder)]
+
+
 def _use_code_of(recipe: Recipe, source: str) -> None:
     """Make `recipe` the one whose modules are found by their plain names."""
     mine = _codes.setdefault(recipe.folder, _Code())

@@ -83,7 +83,7 @@ def _recorded(
     skipped = {found.target.name: f"{found.status}: {found.reason}" for found in verdicts if found.status != "passed"}
     root, recipe = job.workspace.root, job.recipe.name
     with store.explaining(job.folder / "release"), record.queue(root) as turn:
-        dirty = registry.dirty_files(root, recipe, code_of(job))
+        dirty = registry.dirty_files(root, recipe, recipes.code_of(job.recipe))
         if dirty and not allow_dirty:
             raise ReleaseError(
                 f"`{dirty[0]}` is not committed{f', nor are {len(dirty) - 1} other files' if len(dirty) > 1 else ''}, "
@@ -173,15 +173,6 @@ def _chosen(verdicts: Sequence[Verdict], require: Literal["all"] | Sequence[str]
             hint="`exportyard targets` says why for each",
         )
     return chosen
-
-
-def code_of(job: Job) -> list[Path]:
-    """Workspace files outside the recipe's folder that it imports, relative to the workspace."""
-    recipe = job.recipe
-    calibration = recipe.calibration.data if recipe.calibration else None
-    sources = (recipe.factory, recipe.train, recipe.feeds, recipe.translations, calibration)
-    files = recipes.code_files(recipe, *sources, recipe.evaluation.data, recipe.evaluation.metric)
-    return [path.relative_to(recipe.root) for path in files if not path.is_relative_to(recipe.folder)]
 
 
 def _is_same(found: Manifest, job: Job, chosen: Sequence[Chosen]) -> bool:

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline import difference, evidence, git, host, registry, release
+from pipeline import difference, evidence, git, host, recipes, registry
 from pipeline.difference import Pair
 from pipeline.errors import ExportyardError, first_line
 from pipeline.manifest import Engine, Manifest
@@ -103,7 +103,7 @@ def provenance(job: Job, verdicts: Sequence[Verdict]) -> Provenance:
     root = job.workspace.root
     try:
         commit = git.head(root)
-        dirty = bool(registry.dirty_files(root, job.recipe.name, release.code_of(job)))
+        dirty = bool(registry.dirty_files(root, job.recipe.name, recipes.code_of(job.recipe)))
     except ExportyardError:
         commit, dirty = None, True
     checkpoint = job.made.get("checkpoint")
