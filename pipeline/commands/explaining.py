@@ -105,9 +105,7 @@ def _show(found: Explanation, reasons: tuple[str, ...], *, layers: bool) -> None
         for said in dict.fromkeys(one.suggestion for one in found.departures):
             print(said)
     else:
-        looked = (
-            f"{found.compared} tensors compared" if found.compared else "its outputs compared with those of its form"
-        )
+        looked = f"{found.compared} tensors" if found.compared else "its outputs"
         console.say(f"[green]{escape(head)}nothing departs:[/] {looked} compared")
         if reasons:
             console.say(
