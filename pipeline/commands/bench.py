@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from rich.markup import escape
 
-from pipeline import console, host, store
+from pipeline import console, host, store, targets
 from pipeline.commands.options import HERE, AsJson, Folder, RecipeName, Targets, exported, leave, short
 from pipeline.errors import UsageError
 from pipeline.types import Bench, BenchRow, Ratio, Timing, WarmUp
@@ -122,18 +122,14 @@ def contenders(
         schemes: list[Scheme] = list(verdict.candidates) if every else [verdict.scheme] if verdict.scheme else []
         if verdict.target.device is not None:
             left_out[name] = "its engines run on a device, where `exportyard export` times them"
-        elif not schemes or job.not_runnable(verdict.target) is not None or _emulated(verdict.target):
+        elif not schemes or job.not_runnable(verdict.target) is not None:
             left_out[name] = f"{verdict.status}: {verdict.reason}"
+        elif (emulated := targets.not_measured(verdict.target)) is not None:
+            left_out[name] = emulated
         else:
             for scheme in schemes:
                 engines[f"{name} {scheme}"] = (job.engine(verdict.target, scheme).stored, verdict.target)
     return engines, left_out
-
-
-def _emulated(target: Target) -> bool:
-    from pipeline import targets
-
-    return targets.not_measured(target) is not None
 
 
 def _show(found: Bench) -> None:
