@@ -125,14 +125,27 @@ def _segment(
     for name in inputs:
         cut.graph.input.append(known.get(name) or onnx.helper.make_tensor_value_info(name, types[name], None))
     cut.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-    return _Segment(_session(cut, folder), tuple(inputs), tuple(outputs), frozenset(wanted & made))
+    return _Segment(session(cut, folder), tuple(inputs), tuple(outputs), frozenset(wanted & made))
 
 
-def _session(model: onnx.ModelProto, folder: Path) -> onnxruntime.InferenceSession:
+def session(
+    model: onnx.ModelProto, folder: Path | None = None, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """`model` as it is written, on the CPU; for graphs that are made only to be looked into.
+
+    Args:
+        model: with weights of its own, or in files in `folder`.
+        folder: see `model`.
+        threads: that run it; None leaves it to ONNX Runtime.
+    """
     options = onnxruntime.SessionOptions()
-    # the numbers of the graph as it stands; and an arena would keep what one sample needed for ever
+    # the numbers of the graph as it stands, since on a processor without dot products of bytes optimised integers may
+    # overflow; and an arena would keep what one sample needed for ever
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 4  # errors come as exceptions, too
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if threads is not None:
+        options.intra_op_num_threads = options.inter_op_num_threads = threads
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

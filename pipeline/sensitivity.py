@@ -207,7 +207,7 @@ class _Pair:
         # the integer operator's own result, before it is rounded to the next one's integers
         own = next(node for node in inner.node if node.name == self.nodes[0].name).output[0]
         self._compare(inner, own, f"{raw}:fp32", final)
-        return _session(model)
+        return probe.session(model)
 
     def _small(self, graph: Graph, final: str) -> onnx.ModelProto:
         inputs = [
@@ -256,12 +256,3 @@ def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
     fresh = onnx.NodeProto()
     fresh.CopyFrom(node)
     return fresh
-
-
-def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    # as written: on a processor without dot products of bytes, optimised integers may overflow
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.enable_cpu_mem_arena = False
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

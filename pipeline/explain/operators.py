@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from pipeline import graph as graphs
-from pipeline import origin
+from pipeline import origin, probe
 from pipeline.errors import ConversionError, first_line
 
 Array = NDArray[Any]
@@ -90,7 +90,7 @@ class Operators:
                 self.constants[name] for name in dict.fromkeys(graphs.reads(node)) if name in self.constants
             )
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name)
-        return _session(model)
+        return probe.session(model, threads=1)
 
     def all(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Every tensor that the model makes of `feeds`, by name; constants are left out.
@@ -109,15 +109,6 @@ class Operators:
         return found
 
 
-def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.enable_cpu_mem_arena = False
-    options.log_severity_level = 4  # errors come as exceptions, too
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 @functools.cache
 def block() -> int:
     """How many channels ONNX Runtime keeps together on this processor."""
@@ -129,7 +120,7 @@ def block() -> int:
     model.graph.input.append(helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 64, 1, 2]))
     model.graph.output.append(onnx.ValueInfoProto(name="y"))
     values = np.arange(128, dtype=np.float32).reshape(1, 64, 1, 2)  # channel c at place p is 2 c + p
-    (laid,) = _session(model).run(["y"], {"x": values})
+    (laid,) = probe.session(model, threads=1).run(["y"], {"x": values})
     return int(np.flatnonzero(laid.reshape(-1) == 1)[0])
 
 

@@ -239,16 +239,8 @@ class _Forced:
                 for name, array in values.items()
                 if name not in have
             )
-            self._session = kinds, _session(model, self._folder)
+            self._session = kinds, probe.session(model, self._folder)
         return self._session[1]
-
-
-def _session(model: onnx.ModelProto, folder: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4  # errors come as exceptions, too
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _judge(
